@@ -1,0 +1,30 @@
+# Everything on a fresh machine with Python 3.11 to 3.13:  make quickstart,  make test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-all lint clean
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed; this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test]'
+	touch $@
+
+# Options for the quickstart: make quickstart ARGS='--data text:my/*.txt --seeds 3'
+quickstart: $(VENV)/installed
+	$(BIN)/python experiments/quickstart.py $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest -n 2 -m 'not slow' $(ARGS)
+
+# With the slow ones: runs killed at random moments
+test-all: lint
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,14 @@
+"""RKD: the large LM learns the small one's soft labels, with the same weight for the whole run.
+
+    slm-assist train experiments/rkd.py --run_dir=runs/rkd
+
+The paper's second baseline: early it is ahead, at the end the small LM holds the large one back.
+"""
+
+OVERRIDES = {
+    "name": "RKD",
+    "steps": 1000,
+    "model.size": "laptop-large",
+    "assist.schedule": "constant",
+    "assist.teacher": "runs/small_lm",
+}

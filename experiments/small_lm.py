@@ -1,0 +1,15 @@
+"""The small LM: trained once, by itself, it then helps the others.
+
+    slm-assist train experiments/small_lm.py --run_dir=runs/small_lm
+
+Its checkpoint at 12 % of the run is kept beside the last ones: the early judge of data that SALT_DS scores with.
+"""
+
+STEPS = 1000
+
+OVERRIDES = {
+    "name": "small LM",
+    "steps": STEPS,
+    "model.size": "laptop-small",
+    "checkpoint.keep": (round(0.12 * STEPS),),
+}

@@ -1,0 +1,41 @@
+"""Package metadata. The core needs no TensorFlow; the extras say what each door needs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "jax>=0.10",
+    "flax>=0.12",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.11.30",
+    "ml-collections>=1.0",
+    "sentencepiece>=0.2.1",
+    "numpy>=2.0",
+    "tqdm>=4.66",
+    "tensorboardX>=2.6",
+    "matplotlib>=3.9",
+    "pandas>=2.2",
+    "zstandard>=0.23",
+]
+EXTRAS = {
+    "gpu": ["jax[cuda13]>=0.10"],
+    "tpu": ["jax[tpu]>=0.10"],
+    # scipy is here for `python:`, the embedded corpus, which reads its sources (jax brings it anyway)
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "nbformat>=5.10", "scipy>=1.13"],
+}
+EXTRAS["all"] = EXTRAS["test"]
+
+setup(
+    name="slm_assist",
+    version="0.1.0",
+    description="Train large language models faster and better with a small one (SALT), in JAX and Flax",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["slm_assist", "slm_assist.*"]),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["slm-assist=slm_assist.cli:main"]},
+)

@@ -1,0 +1,1 @@
+"""What a small LM gives: soft labels, and the schedule by which it comes and goes."""

@@ -1,0 +1,52 @@
+"""FLOPs by arithmetic, and what devices can do.
+
+The convention is that of PaLM (arXiv 2204.02311, appendix B): 2 FLOPs for each weight of a matrix that a token
+meets, the output head counted and the embedding lookup not, plus attention over the full row length (no
+discount for causality); training takes three forward passes' worth. Rematerialisation is not counted.
+"""
+
+import jax
+
+from slm_assist.models import ModelConfig
+
+# Dense bfloat16 FLOP/s of one device, by a part of jax.Device.device_kind. Makers' data sheets.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def forward(config: ModelConfig, row_length: int) -> float:
+    """FLOPs of one forward pass, a token, in rows of `row_length` tokens."""
+    width, head_dim = config.d_model, config.head_dim
+    projections = width * head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    mlp = (3 if config.gated_mlp else 2) * width * config.d_ff
+    head = width * config.vocab_size
+    attention = 2 * 2 * row_length * config.num_heads * head_dim
+    return config.num_layers * (2 * (projections + mlp) + attention) + 2 * head
+
+
+def plain(student: ModelConfig, row_length: int) -> float:
+    """Training FLOPs, a token, without help: forward and backward."""
+    return 3 * forward(student, row_length)
+
+
+def assisted(student: ModelConfig, teacher: ModelConfig, row_length: int) -> float:
+    """Training FLOPs, a token, with the teacher's forward pass."""
+    return plain(student, row_length) + forward(teacher, row_length)
+
+
+def peak(device: jax.Device) -> float | None:
+    """The device's dense bfloat16 FLOP/s, None where it is not known (CPUs)."""
+    for kind, value in PEAK_FLOPS.items():
+        if kind in device.device_kind:
+            return value
+    return None

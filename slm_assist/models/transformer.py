@@ -1,0 +1,342 @@
+"""The decoder: a Linen module, and the pure functions that the rest of the code calls."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from slm_assist.errors import UserError, one_of
+from slm_assist.models.attention import attend
+from slm_assist.models.config import ModelConfig
+from slm_assist.sharding import constrain
+
+Params = dict[str, Any]
+
+ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
+REMAT = ("none", "full", "dots")
+
+# Logits at the start have about this standard deviation, so that the first loss is ln V + 0.03.
+INITIAL_LOGITS = 0.25
+
+
+class Context(NamedTuple):
+    """What every layer needs to know of the row beside the hidden states."""
+
+    sin_BxTxH: jax.Array
+    cos_BxTxH: jax.Array
+    segment_ids: jax.Array | None
+    prefix_mask: jax.Array | None
+
+
+def rope_tables(positions_BxT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """sin and cos [B, T, head_dim / 2] of the rotary angles (RoFormer, 2104.09864), float32."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle_BxTxH = positions_BxT[..., None].astype(jnp.float32) * frequency
+    return jnp.sin(angle_BxTxH), jnp.cos(angle_BxTxH)
+
+
+def rotate(x_BxTxNxH: jax.Array, context: Context) -> jax.Array:
+    """Rotates the pairs (i, i + H/2) of every head by the angles of its position."""
+    sin, cos = context.sin_BxTxH[:, :, None], context.cos_BxTxH[:, :, None]
+    first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BxTxNxH.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, with float32 statistics (1910.07467)."""
+
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxTxD):
+        scale_D = self.param("scale", named(nn.initializers.ones, "embed"), (x_BxTxD.shape[-1],))
+        x_BxTxD = x_BxTxD.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x_BxTxD), axis=-1, keepdims=True) + self.eps)
+        return (x_BxTxD * inverse_rms * scale_D.astype(jnp.float32)).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    config: ModelConfig
+    dtype: Any
+    window: int
+
+    @nn.compact
+    def __call__(self, x_BxTxD, context: Context):
+        c = self.config
+        read, write = fan_in(1), fan_in(2, 1 / (2 * c.num_layers))
+        query = self.param("query", named(read, "embed", "heads", "head_dim"),
+                           (c.d_model, c.num_heads, c.head_dim))  # fmt: skip
+        key = self.param("key", named(read, "embed", "kv_heads", "head_dim"),
+                         (c.d_model, c.num_kv_heads, c.head_dim))  # fmt: skip
+        value = self.param("value", named(read, "embed", "kv_heads", "head_dim"),
+                           (c.d_model, c.num_kv_heads, c.head_dim))  # fmt: skip
+        out = self.param("out", named(write, "heads", "head_dim", "embed"),
+                         (c.num_heads, c.head_dim, c.d_model))  # fmt: skip
+
+        def heads(kernel_DxNxH, name):
+            x_BxTxNxH = jnp.einsum("btd,dnh->btnh", x_BxTxD, kernel_DxNxH.astype(self.dtype))
+            return constrain(x_BxTxNxH, "batch", "length", name, "head_dim")
+
+        mixed_BxTxNxH = attend(
+            rotate(heads(query, "heads"), context),
+            rotate(heads(key, "kv_heads"), context),
+            heads(value, "kv_heads"),
+            segment_ids=context.segment_ids,
+            prefix_mask=context.prefix_mask,
+            window=self.window,
+        )
+        mixed_BxTxNxH = constrain(mixed_BxTxNxH, "batch", "length", "heads", "head_dim")
+        return jnp.einsum("btnh,nhd->btd", mixed_BxTxNxH, out.astype(self.dtype))
+
+
+class Mlp(nn.Module):
+    """down(act(up(x))), or gated: down(act(gate(x)) * up(x)) (2002.05202)."""
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxTxD):
+        c = self.config
+
+        def widen(name):
+            kernel_DxF = self.param(name, named(fan_in(1), "embed", "mlp"), (c.d_model, c.d_ff))
+            return constrain(x_BxTxD @ kernel_DxF.astype(self.dtype), "batch", "length", "mlp")
+
+        activation = ACTIVATIONS[c.activation]
+        hidden_BxTxF = activation(widen("gate")) * widen("up") if c.gated_mlp else activation(widen("up"))
+        write = fan_in(1, 1 / (2 * c.num_layers))
+        down_FxD = self.param("down", named(write, "mlp", "embed"), (c.d_ff, c.d_model))
+        return hidden_BxTxF @ down_FxD.astype(self.dtype)
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each reading a normalised copy of the residual stream and adding to it."""
+
+    config: ModelConfig
+    dtype: Any
+    kind: str
+
+    @nn.compact
+    def __call__(self, x_BxTxD, context: Context):
+        c = self.config
+        norm = functools.partial(RMSNorm, c.norm_eps, self.dtype)
+        window = c.window if self.kind == "local" else 0
+        y_BxTxD = norm(name="attention_norm")(x_BxTxD)
+        x_BxTxD += Attention(c, self.dtype, window, name="attention")(y_BxTxD, context)
+        x_BxTxD = constrain(x_BxTxD, "batch", "length", "act_embed")
+        y_BxTxD = norm(name="mlp_norm")(x_BxTxD)
+        x_BxTxD += Mlp(c, self.dtype, name="mlp")(y_BxTxD)
+        return constrain(x_BxTxD, "batch", "length", "act_embed")
+
+
+class Group(nn.Module):
+    """One repetition of the pattern of layer kinds: the body of the scan.
+
+    Returns the hidden states and those after the layers `taps` of the group, by position in it.
+    """
+
+    config: ModelConfig
+    dtype: Any
+    remat: str
+    taps: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x_BxTxD, context: Context):
+        tapped = {}
+        for position, kind in enumerate(self.config.pattern):
+            layer = rematerialised(Layer, self.remat, in_scan=True)
+            x_BxTxD = layer(self.config, self.dtype, kind, name=f"layer_{position}")(x_BxTxD, context)
+            if position in self.taps:
+                tapped[position] = x_BxTxD
+        return x_BxTxD, tapped
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states. Use it through `Transformer`."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, tokens_BxT, segment_ids, positions_BxT, prefix_mask, taps):
+        c = self.config
+        logits_like = nn.initializers.truncated_normal(INITIAL_LOGITS * c.d_model**-0.5)
+        embedding_VxD = self.param("embedding", named(logits_like, "vocab", "embed"), (c.vocab_size, c.d_model))
+        if not c.tie_embeddings:
+            self.param("head", named(logits_like, "embed", "vocab"), (c.d_model, c.vocab_size))
+        x_BxTxD = embedding_VxD.astype(self.dtype)[tokens_BxT]
+        if c.embed_scale:
+            x_BxTxD *= jnp.asarray(c.d_model**0.5, self.dtype)
+        x_BxTxD = constrain(x_BxTxD, "batch", "length", "act_embed")
+        tables = rope_tables(positions_BxT, c.head_dim, c.rope_theta)
+        context = Context(*tables, segment_ids, prefix_mask)
+        layers = self.scanned if c.scan_layers else self.unrolled
+        x_BxTxD, tapped = layers(x_BxTxD, context, taps)
+        return RMSNorm(c.norm_eps, self.dtype, name="final_norm")(x_BxTxD), tapped
+
+    def scanned(self, x_BxTxD, context, taps):
+        """All layers as a scan over groups of parameters stacked along "layers"."""
+        c, size = self.config, len(self.config.pattern)
+        scan = nn.scan(
+            Group,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.num_groups,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        positions = tuple(sorted({tap % size for tap in taps}))
+        groups = scan(c, self.dtype, self.remat, positions, name="groups")
+        x_BxTxD, tapped = groups(x_BxTxD, context)
+        return x_BxTxD, {tap: tapped[tap % size][tap // size] for tap in taps}
+
+    def unrolled(self, x_BxTxD, context, taps):
+        """All layers one after the other, each with its own parameters."""
+        c, tapped = self.config, {}
+        for index in range(c.num_layers):
+            layer = rematerialised(Layer, self.remat, in_scan=False)
+            kind = c.pattern[index % len(c.pattern)]
+            x_BxTxD = layer(c, self.dtype, kind, name=f"layer_{index}")(x_BxTxD, context)
+            if index in taps:
+                tapped[index] = x_BxTxD
+        return x_BxTxD, tapped
+
+
+def named(init, *names: str):
+    """An initialiser whose parameter carries the `names` of its dimensions (`sharding.RULES`)."""
+    return nn.with_logical_partitioning(init, names)
+
+
+def fan_in(inputs: int, variance: float = 1.0):
+    """Truncated normal of variance `variance / fan_in`; the first `inputs` dimensions are the inputs."""
+    return nn.initializers.variance_scaling(
+        variance, "fan_in", "truncated_normal", in_axis=tuple(range(inputs)), out_axis=-1
+    )
+
+
+def rematerialised(module: type[nn.Module], remat: str, *, in_scan: bool) -> type[nn.Module]:
+    """`module` with its activations kept ("none"), recomputed ("full") or, "dots", all recomputed but the
+    results of matmuls with parameters."""
+    if remat == "none":
+        return module
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return nn.remat(module, policy=policy, prevent_cse=not in_scan)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """A decoder as pure functions of its parameters, a nested dict of float32 arrays.
+
+    Attributes:
+      config: the shape.
+      dtype: compute dtype; parameters are created in float32 and cast where they are used.
+      remat: "none", "full" or "dots", see `rematerialised`.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    def __post_init__(self):
+        one_of("remat", self.remat, REMAT)
+
+    @property
+    def module(self) -> Decoder:
+        return Decoder(self.config, self.dtype, self.remat)
+
+    def init(self, key: jax.Array) -> Params:
+        """New parameters; a pure function of `key` that can be jitted or shape-evaluated."""
+        return nn.meta.unbox(self._boxed(key))
+
+    def _boxed(self, key: jax.Array) -> Any:
+        token = jnp.zeros((1, 1), jnp.int32)
+        return self.module.init(key, token, None, token, None, ())["params"]
+
+    def apply(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        prefix_mask: jax.Array | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> jax.Array | tuple[jax.Array, dict[int, jax.Array]]:
+        """Hidden states [B, T, D] after the final norm, in the compute dtype.
+
+        Args:
+          params: as `init` returns them, in float32 or bfloat16.
+          tokens: int32 [B, T].
+          segment_ids: int32 [B, T], 0 for padding: a token attends only within its segment.
+          positions: int32 [B, T] for the rotary embedding, by default 0, 1, ... along the row.
+          prefix_mask: bool [B, T], tokens that see each other both ways within their segment.
+          taps: layers, counted from 0, whose output (the residual stream, not normalised) is also wanted.
+
+        Returns:
+          hidden, or (hidden, {layer: [B, T, D]}) where `taps` are given.
+
+        Raises:
+          UserError: an argument has the wrong shape, or a tap names a layer that does not exist.
+        """
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise UserError(f"tokens are {tokens.dtype}{list(tokens.shape)}: give integers of shape [B, T]")
+        rows = {"segment_ids": segment_ids, "positions": positions, "prefix_mask": prefix_mask}
+        for name, value in rows.items():
+            if value is not None and value.shape != tokens.shape:
+                raise UserError(f"{name} {list(value.shape)} and tokens {list(tokens.shape)} differ in shape")
+        for tap in taps:
+            if not 0 <= tap < self.config.num_layers:
+                raise UserError(f"taps={tuple(taps)}: the layers are 0 to {self.config.num_layers - 1}")
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None]
+        hidden, tapped = self.module.apply(
+            {"params": params}, tokens, segment_ids, positions, prefix_mask, tuple(taps)
+        )
+        return (hidden, tapped) if taps else hidden
+
+    def head(self, params: Params) -> jax.Array:
+        """The output projection [d, V]; logits are softcap(logit_scale * hidden @ head)."""
+        return params["embedding"].T if self.config.tie_embeddings else params["head"]
+
+    def shapes(self) -> Params:
+        """`init` as a tree of shapes; allocates nothing."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def logical_axes(self) -> Params:
+        """A tree like the parameters with the tuple of dimension names of each (`sharding.RULES`)."""
+        boxed = jax.eval_shape(self._boxed, jax.random.key(0))
+        return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+
+    def num_params(self) -> int:
+        return sum(x.size for x in jax.tree.leaves(self.shapes()))
+
+
+def unstack(params: Params, config: ModelConfig) -> Params:
+    """Parameters of a scanned model -> those of the same model with `scan_layers=False`."""
+    rest = {name: value for name, value in params.items() if name != "groups"}
+    size = len(config.pattern)
+    for index in range(config.num_layers):
+        stacked = params["groups"][f"layer_{index % size}"]
+        rest[f"layer_{index}"] = jax.tree.map(lambda x, at=index // size: x[at], stacked)
+    return rest
+
+
+def stack(params: Params, config: ModelConfig) -> Params:
+    """The inverse of `unstack`."""
+    layers = [params[f"layer_{index}"] for index in range(config.num_layers)]
+    rest = {name: value for name, value in params.items() if not name.startswith("layer_")}
+    size = len(config.pattern)
+    groups = {
+        f"layer_{position}": jax.tree.map(lambda *xs: jnp.stack(xs), *layers[position::size])
+        for position in range(size)
+    }
+    return {**rest, "groups": groups}

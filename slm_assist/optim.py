@@ -1,0 +1,244 @@
+"""Learning-rate schedules and optimizers: optax transformations that know the names of the dimensions.
+
+The names (`Transformer.logical_axes()`) say what shapes cannot: a scanned norm scale [layers, d] is not a
+matrix, a kernel [d, heads, head_dim] is one, and "layers" is a stack of parameters, whose statistics are
+kept apart.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from slm_assist import sharding
+from slm_assist.errors import UserError, one_of
+
+SCHEDULES = ("constant", "cosine", "wsd")
+OPTIMIZERS = ("adafactor", "adamw")
+
+
+def learning_rate(
+    kind: str,
+    *,
+    peak: float,
+    steps: int,
+    warmup_steps: int = 0,
+    final_fraction: float = 0.1,
+    decay_fraction: float = 0.2,
+) -> optax.Schedule:
+    """The learning rate of update n -> n + 1 as a function of n.
+
+    All kinds rise linearly over the first `warmup_steps` updates, from peak / (warmup_steps + 1), and are at
+    `peak` at n = warmup_steps. Then:
+      "constant": stays there.
+      "cosine": half a cosine, to final_fraction * peak at n = steps (SGDR, 1608.03983).
+      "wsd": stays there, and falls linearly to final_fraction * peak over the last decay_fraction of the
+        steps (warmup-stable-decay, MiniCPM, 2404.06395; linear as in 2405.18392).
+
+    Raises:
+      UserError: a value is out of its range, or warm-up and decay do not fit into the run.
+    """
+    one_of("optimizer.schedule", kind, SCHEDULES)
+    decay_steps = round(decay_fraction * steps) if kind == "wsd" else steps - warmup_steps
+    if peak <= 0 or steps < 1:
+        raise UserError(f"learning rate peak={peak}, steps={steps}: both must be positive")
+    for name, value in {"final_fraction": final_fraction, "decay_fraction": decay_fraction}.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{name}={value}: use a fraction from 0 to 1")
+    if warmup_steps < 0 or warmup_steps + max(decay_steps, 0) > steps or warmup_steps >= steps:
+        raise UserError(
+            f"warmup_steps={warmup_steps} does not fit into {steps} steps"
+            + (f" of which the last {decay_steps} decay" if kind == "wsd" else "")
+            + ": shorten the warm-up"
+        )
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        warmup = jnp.minimum((step + 1) / (warmup_steps + 1), 1)
+        left = jnp.clip((steps - step) / max(decay_steps, 1), 0, 1)  # 1 before the decay, 0 at its end
+        if kind == "constant":
+            left = 1.0
+        elif kind == "cosine":
+            left = 0.5 * (1 - jnp.cos(jnp.pi * left))
+        return peak * warmup * (final_fraction + (1 - final_fraction) * left)
+
+    return schedule
+
+
+def make_optimizer(
+    name: str,
+    schedule: optax.Schedule,
+    *,
+    axes: Any,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    clip_norm: float = 1.0,
+) -> optax.GradientTransformation:
+    """Clipping by the global norm, "adamw" or "adafactor", decoupled weight decay on matrices, learning rate.
+
+    Args:
+      name: "adamw" (1711.05101) or "adafactor" (`scale_by_adafactor`, without momentum).
+      schedule: learning rate from the number of updates done (int32, in the state).
+      axes: the dimension names of the parameters, `Transformer.logical_axes()`.
+      weight_decay: times the learning rate and the parameter is subtracted from matrices (`decay_mask`).
+      b1, b2, eps: AdamW's.
+      clip_norm: gradients are scaled down to this global norm; 0 for no clipping.
+
+    Raises:
+      UserError: the name is unknown, or a value is out of its range.
+    """
+    one_of("optimizer.name", name, OPTIMIZERS)
+    for key, value in {"weight_decay": weight_decay, "clip_norm": clip_norm}.items():
+        if value < 0:
+            raise UserError(f"optimizer.{key}={value}: use 0 (none) or more")
+    if name == "adamw":
+        scale = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    else:
+        scale = scale_by_adafactor(axes)
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        scale,
+        optax.add_decayed_weights(weight_decay, mask=decay_mask(axes)) if weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def is_names(x: Any) -> bool:
+    """Whether `x` is the tuple of dimension names of one parameter."""
+    return isinstance(x, tuple) and all(isinstance(name, str) for name in x)
+
+
+def is_matrix(names: sharding.Axes) -> bool:
+    """Whether dimensions called `names` are, per layer, a matrix: "embed" on one side, all others on the other.
+
+    So [embed, heads, head_dim] is the matrix embed x (heads * head_dim) that multiplies a hidden state.
+    """
+    return "embed" in names and len(set(names) - {"embed", "layers"}) > 0
+
+
+def decay_mask(axes: Any) -> Any:
+    """A tree of bools: True for the parameters that weight decay acts on, which are the matrices."""
+    return jax.tree.map(is_matrix, axes, is_leaf=is_names)
+
+
+class AdafactorState(NamedTuple):
+    """Second moments, as trees like the parameters in which a reduced dimension has size 1.
+
+    `row` keeps "embed", `column` the other dimensions of a factored matrix; of a parameter that is not
+    factored `row` is all of it and `column` unused. So both are laid out by the parameter's own names.
+    """
+
+    count: jax.Array
+    row: Any
+    column: Any
+
+
+def scale_by_adafactor(
+    axes: Any,
+    *,
+    min_factored: int = 128,
+    decay_power: float = 0.8,
+    clip_rms: float = 1.0,
+    eps: float = 1e-30,
+    min_scale: float = 1e-3,
+) -> optax.GradientTransformation:
+    """Adafactor (1804.04235) with every statistic per layer of a stack and per named matrix.
+
+    The numbers of `optax.adafactor` on a two-dimensional parameter. There, though, a stack [layers, d, f]
+    is one parameter, with one RMS for clipping and scale, and a kernel [d, heads, head_dim] is factored over
+    its two largest dimensions; here a layer's update depends on that layer only, and the kernel is factored
+    as the matrix it is (`is_matrix`).
+
+    Args:
+      axes: the dimension names of the parameters.
+      min_factored: matrices with a side below this keep their full second moment.
+      decay_power: at update t = 1, 2, ... the second moment decays by 1 - t ** -decay_power.
+      clip_rms: a layer's update is scaled down to this RMS, before the next factor.
+      eps: added to the squared gradient.
+      min_scale: updates are multiplied by the RMS of the layer's parameter, at least this.
+    """
+
+
+    def init(params):
+        def zeros(names, param, reduced):
+            shape = [1 if dim in reduced(names, param.shape) else n for dim, n in enumerate(param.shape)]
+            return jnp.zeros(shape, jnp.float32)
+
+        row = functools.partial(zeros, reduced=lambda *of: _sides(*of, min_factored)[1])
+        column = functools.partial(zeros, reduced=lambda *of: _sides(*of, min_factored)[0])
+        return AdafactorState(
+            jnp.zeros((), jnp.int32), _map_named(row, axes, params), _map_named(column, axes, params)
+        )
+
+    def update(grads, state, params):
+        count = optax.safe_increment(state.count)
+        decay = 1 - count.astype(jnp.float32) ** -decay_power
+
+        def moments(names, grad, row, column):
+            embed, others = _sides(names, grad.shape, min_factored)
+            square = jnp.square(grad.astype(jnp.float32)) + eps
+            row = decay * row + (1 - decay) * jnp.mean(square, axis=others, keepdims=True)
+            column = decay * column + (1 - decay) * jnp.mean(square, axis=embed, keepdims=True)
+            return row, column
+
+        def scaled(names, grad, row, column, param):
+            embed, others = _sides(names, grad.shape, min_factored)
+            layer = tuple(dim for dim, name in enumerate(names) if name != "layers")
+            if others:
+                factor = jax.lax.rsqrt(row / jnp.mean(row, axis=embed, keepdims=True)) * jax.lax.rsqrt(column)
+            else:
+                factor = jax.lax.rsqrt(row)
+            step = grad.astype(jnp.float32) * factor
+            step /= jnp.maximum(_rms(step, layer) / clip_rms, 1)
+            return step * jnp.maximum(_rms(param.astype(jnp.float32), layer), min_scale)
+
+        pairs = _map_named(moments, axes, grads, state.row, state.column)
+        row, column = (jax.tree.map(lambda _, pair, at=at: pair[at], grads, pairs) for at in (0, 1))
+        return _map_named(scaled, axes, grads, row, column, params), AdafactorState(count, row, column)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _sides(names, shape, min_factored) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The dimensions on the two sides of a factored matrix; where there is no such, (all of a layer's, ())."""
+    embed = tuple(dim for dim, name in enumerate(names) if name == "embed")
+    others = tuple(dim for dim, name in enumerate(names) if name not in ("embed", "layers"))
+    smaller = min(math.prod(shape[dim] for dim in side) for side in (embed, others))
+    if is_matrix(names) and smaller >= min_factored:
+        return embed, others
+    return tuple(sorted(embed + others)), ()
+
+
+def _rms(x: jax.Array, dims: tuple[int, ...]) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x), axis=dims, keepdims=True))
+
+
+def _map_named(function, axes, *trees):
+    """`jax.tree.map` with the dimension names as the first argument."""
+    return jax.tree.map(function, axes, *trees, is_leaf=is_names)
+
+
+def state_shardings(optimizer: optax.GradientTransformation, params: Any, axes: Any, mesh: Mesh) -> Any:
+    """A tree of `NamedSharding` for `optimizer.init(params)`.
+
+    Whatever in the state is a tree like the parameters lies as they do; counters are on every device.
+
+    Args:
+      params: the parameters or their shapes.
+      axes: the dimension names of the parameters.
+    """
+    structure = jax.tree.structure(params)
+
+    def like_params(node):
+        return jax.tree.structure(node) == structure
+
+    def place(node):
+        return sharding.shardings(axes, node, mesh) if like_params(node) else sharding.replicated(mesh)
+
+    return jax.tree.map(place, jax.eval_shape(optimizer.init, params), is_leaf=like_params)

@@ -1,0 +1,151 @@
+"""One HTML page that needs nothing beside it, its pictures, and results.json with every figure in it."""
+
+import base64
+import html
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from slm_assist.errors import UserError
+from slm_assist.report import tables
+from slm_assist.report.compare import Comparison, Method
+from slm_assist.report.plots import pictures
+from slm_assist.report.words import first_lines
+
+STYLE = """
+body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #222; background: #fff;
+       max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.7rem; margin: 0 0 1rem; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .5rem; }
+ul.first { list-style: none; margin: 0; padding: 0; }
+ul.first li { border-left: 4px solid #bbb; margin: .35rem 0; padding: .15rem .8rem; }
+ul.first li.gain { border-color: #009E73; } ul.first li.loss { border-color: #D55E00; background: #fdf3ec; }
+ul.first li.data, ul.first li.noise { border-color: #0072B2; }
+img { width: 100%; height: auto; } figure { margin: 0; } figure.narrow { max-width: 34rem; }
+figcaption, p.note { color: #555; font-size: .87rem; margin: .4rem 0 0; }
+div.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 60%; }
+th { text-align: right; vertical-align: bottom; font-weight: 600; border-bottom: 2px solid #444; }
+td { text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th, td { padding: .3rem .7rem; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
+table.words th, table.words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+@media print { body { margin: 0; max-width: none; font-size: 11px; } h2 { break-after: avoid; }
+  figure, tr { break-inside: avoid; } div.wide { overflow: visible; } }
+"""
+CAPTIONS = {
+    "validation.png": "Plain cross-entropy on the validation rows. Training losses of assisted runs contain "
+    "soft labels and are compared nowhere. Below: the last half of the run, enlarged. Dotted: where soft labels "
+    "end. Dashed: BASELINE's final quality. The learning rate of a point is that of the running schedule.",
+    "seconds.png": "The same against seconds of training, without compilation, validation and saves.",
+    "buckets.png": "Validation rows in thirds by the loss of one named run, the same rows throughout.",
+    "cost.png": "Where the time of each run went.",
+}
+
+
+def write(comparison: Comparison, out_dir: str | Path) -> Path:
+    """Writes report.html, its pictures as PNG files and results.json, each whole or not at all.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      UserError: matplotlib is not installed, or `out_dir` cannot be written.
+    """
+    try:
+        images = pictures(comparison)
+    except ImportError as error:
+        raise UserError(f"the report needs matplotlib ({error}): pip install matplotlib") from error
+    out = Path(out_dir)
+    results = json.dumps(to_json(comparison), indent=1, ensure_ascii=False) + "\n"
+    files = images | {"results.json": results.encode(), "report.html": page(comparison, images).encode()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            _write_atomically(out / name, content)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{out}: the report cannot be written there ({reason}); choose another") from error
+    return out / "report.html"
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def page(comparison: Comparison, images: dict[str, bytes]) -> str:
+    """The page as a string; pictures are data URLs, and there is no script."""
+    figures = {name: _figure(name, image) for name, image in images.items()}
+    first = first_lines(comparison)
+    lines = "".join(f'<li class="{line.tone}">{html.escape(line.text)}</li>\n' for line in first)
+    body = [
+        "<h1>What the small LM was worth</h1>", f'<ul class="first">\n{lines}</ul>',
+        figures["validation.png"], _table(tables.quality_table(comparison)), _table(tables.ratio_table(comparison)),
+        _table(tables.absolute_table(comparison)), figures["seconds.png"],
+        "<h2>Easy, medium and hard rows</h2>" if "buckets.png" in figures else "",
+        figures.get("buckets.png", ""),
+        _table(tables.part_table(comparison, "buckets", "Final log-perplexity by bucket")),
+        _table(tables.part_table(comparison, "domains", "Final log-perplexity by domain")),
+        _table(tables.phase_table(comparison)), figures.get("cost.png", ""),
+        _table(tables.run_table(comparison), "words"),
+    ]  # fmt: skip
+    head = f'<meta charset="utf-8"><title>slm_assist report</title><style>{STYLE}</style>'
+    content = "\n".join(body)
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{content}\n</body></html>\n'
+
+
+def _figure(name: str, image: bytes) -> str:
+    source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    narrow = ' class="narrow"' if name == "seconds.png" else ""
+    caption = html.escape(CAPTIONS[name])
+    return f'<figure{narrow}><img alt="{name}" src="{source}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _table(table: tables.Table | None, style: str = "") -> str:
+    if table is None:
+        return ""
+    header = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
+    rows = "\n".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
+    )
+    note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
+    return (
+        f'<h2>{html.escape(table.title)}</h2>\n<div class="wide"><table class="{style}">\n'
+        f"<thead><tr>{header}</tr></thead>\n<tbody>{rows}</tbody></table></div>{note}"
+    )
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """Every figure of the tables, with the runs' configs and facts (hardware, versions, fingerprints)."""
+    return {
+        "first_lines": [line.text for line in first_lines(comparison)],
+        "baseline": comparison.baseline.name if comparison.baseline else None,
+        "noise": comparison.noise,
+        "methods": {m.name: _method_json(m) for m in comparison.methods},
+    }
+
+
+def _method_json(m: Method) -> dict[str, Any]:
+    fields = ("final", "difference", "to_target", "ratio", "whole", "domains", "buckets", "seconds", "flops",
+              "helper", "curves")  # fmt: skip
+    runs = [
+        {"path": str(run.path), "seed": run.seed, "finished": run.finished, "step": run.final["step"],
+         "tokens": run.tokens, "switch_step": run.switch_step, "summary": run.summary, "facts": run.facts,
+         "config": run.config}
+        for run in m.runs
+    ]  # fmt: skip
+    return {"kind": m.kind} | {name: _plain(getattr(m, name)) for name in fields} | {"runs": runs}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    return {key: _plain(part) for key, part in value.items()} if isinstance(value, dict) else value

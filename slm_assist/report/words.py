@@ -1,0 +1,146 @@
+"""What the figures say in plain words: the first lines of the page and of the printed table."""
+
+import dataclasses
+
+from slm_assist.report.compare import RKD, SALT, SMALL, Comparison, Method
+
+UNITS = {"steps": "steps", "flops": "FLOPs", "seconds": "seconds"}
+REMARKS_ORDER = (SALT, RKD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One of the first lines; `tone` is data, noise, gain, loss or note."""
+
+    tone: str
+    text: str
+
+
+def count(number: float | None) -> str:
+    """2562048 -> `2.56 M`: three digits; below 10,000 all of them."""
+    if number is None:
+        return "?"
+    if number < 1e4:
+        return f"{number:,.0f}"
+    size, unit = next((s, u) for s, u in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")) if number >= s)
+    return f"{number / size:.3g} {unit}"
+
+
+def first_lines(comparison: Comparison) -> list[Line]:
+    """Data, seeds and noise; then, SALT first, what each method won and lost; then what else to know."""
+    lines = [Line("data", _data(comparison)), Line("noise", _noise(comparison))]
+    base = comparison.baseline
+    others = [m for m in comparison.methods if m.kind != SMALL and m is not base]
+    rank = {kind: i for i, kind in enumerate(REMARKS_ORDER)}
+    for method in sorted(others, key=lambda m: rank.get(m.kind, len(rank))):
+        lines += _remarks(method, comparison)
+    if others and base is None:
+        lines.append(Line("note", "No BASELINE among the runs: nothing is ranked."))
+    elif others and not base.finished:
+        lines.append(Line("note", f"{base.name} is unfinished: nothing is ranked."))
+    return lines + [Line("note", note) for note in comparison.notes]
+
+
+def _data(comparison: Comparison) -> str:
+    students = [m for m in comparison.methods if m.kind != SMALL]
+    student = comparison.baseline or (students or comparison.methods)[0]
+    facts = student.runs[0].facts
+    unique = facts.get("train_tokens")
+    text = [
+        f"Data: {count(unique)} training tokens in {count(facts.get('train_rows_count'))} rows of "
+        f"{facts.get('row_length', '?')}."
+    ]
+    for method in dict.fromkeys([student, *(m for m in comparison.methods if m.kind == SMALL)]):
+        tokens, parameters = method.runs[0].tokens, method.runs[0].facts["parameters"]
+        ratio = f"{tokens / parameters:.2g}" if tokens else "?"
+        epochs = f", {tokens / unique:.2g} epochs" if tokens and unique else ""
+        text.append(
+            f"{method.name} ({count(parameters)} parameters) saw {count(tokens)} tokens: {ratio} a "
+            f"parameter{epochs}."
+        )
+    return " ".join(text)
+
+
+def _noise(comparison: Comparison) -> str:
+    noise, seeds = comparison.noise, comparison.noise["seeds"]
+    limit = f"{noise['threshold']:.3f} nats a token" if noise["threshold"] is not None else ""
+    if noise["source"] == "seeds":
+        return (
+            f"{seeds} seeds: a difference in final log-perplexity below {limit} is noise (least significant "
+            f"difference at 95 %, from the spread of {comparison.baseline.name}'s seeds)."
+        )
+    unknown = "how far results spread from seed to seed is not known (run --seeds 3)"
+    if noise["source"] == "rows":
+        return (
+            f"One seed: {unknown}. The choice of validation rows alone makes differences below {limit} noise "
+            "for runs evaluated on different rows; these share theirs, so for that choice it is on the safe side."
+        )
+    if noise["source"] == "domains":
+        return (
+            f"One seed: {unknown}. The choice of validation text alone makes differences below {limit} noise "
+            "(95 %, from how the differences vary by domain)."
+        )
+    if seeds == 0:
+        return "Noise: not known without a finished BASELINE."
+    return f"One seed: {unknown}, so no difference here can be told from noise."
+
+
+def _remarks(method: Method, comparison: Comparison) -> list[Line]:
+    if method.difference is None:
+        return []
+    base, lines = comparison.baseline.name, [_quality(method, comparison)]
+    missed = method.to_target["steps"].values.count(None)
+    if missed:
+        where = f" in {missed} of {len(method.runs)} seeds" if len(method.runs) > 1 else ""
+        lines.append(
+            Line("loss", f"{method.name} loses on cost{where}: it never reaches {base}'s final quality.")
+        )
+        return lines
+    free = {axis: shares["free"].mean for axis, shares in method.ratio.items()}
+    if None in free.values():
+        return lines
+    times = ", ".join(f"{free[axis]:.2f} of its {unit}" for axis, unit in UNITS.items())
+    given = ", the small LM taken as given" if method.assisted else ""
+    losing = " and ".join(unit for axis, unit in UNITS.items() if free[axis] > 1)
+    verdict = f": it loses on {losing}." if losing else "."
+    text = f"{method.name} reaches {base}'s final quality at {times}{given}{verdict}"
+    lines.append(Line("loss" if losing else "gain", text))
+    return lines + ([_charged(method, base)] if method.assisted else [])
+
+
+def _quality(method: Method, comparison: Comparison) -> Line:
+    apart, limit, base = method.difference, comparison.noise["threshold"], comparison.baseline
+    spread = ""
+    if apart.half_width is not None:
+        noise = abs(apart.mean) <= apart.half_width
+        spread = f" (95 % interval ±{apart.half_width:.3f})"
+    else:
+        noise = limit is None or abs(apart.mean) < limit
+    ours, theirs = (m.final["log_perplexity"].mean for m in (method, base))
+    doubt = ", which cannot be told from noise" if noise else ""
+    figures = f"{ours:.3f} against {theirs:.3f}, {apart.mean:+.3f} nats a token{spread}{doubt}."
+    if apart.mean > 0:
+        return Line("loss", f"{method.name} loses on final quality: log-perplexity {figures}")
+    verdict = "ends level with" if apart.mean == 0 else "ends better than"
+    tone = "note" if noise else "gain"
+    return Line(tone, f"{method.name} {verdict} {base.name}: log-perplexity {figures}")
+
+
+def _charged(method: Method, base: str) -> Line:
+    """The cost with the small LM's own training counted, in each unit in which it is known."""
+    full, tenth = (
+        {axis: shares[share].mean for axis, shares in method.ratio.items() if axis != "steps"}
+        for share in ("full", "shared")
+    )
+    known = [axis for axis in full if full[axis] is not None]
+    if not known:
+        return Line("note", f"What {method.name}'s small LM cost is not in the files, so it is not counted.")
+    times = " and ".join(f"{full[axis]:.2f} of {base}'s {UNITS[axis]}" for axis in known)
+    shared = " and ".join(f"{tenth[axis]:.2f}" for axis in known)
+    losing = " and ".join(UNITS[axis] for axis in known if full[axis] > 1)
+    verdict = f"{method.name} loses on {losing}" if losing else f"{method.name} still wins"
+    return Line(
+        "loss" if losing else "gain",
+        f"With the small LM's own training counted in full, {verdict}: {times} to the same quality (shared "
+        f"over 10 students: {shared}).",
+    )

@@ -1,0 +1,108 @@
+"""The names of the files in a run's directory, its lock, and reading it as somebody else's helper.
+
+    config.json    {"config": every key, "facts": what was found out: fingerprints, counts, hardware, helpers}
+    model.json     the model's shape
+    tokenizer/     the vocabulary
+    checkpoints/N/ parameters, optimizer, assist state and meta after N updates
+    metrics.jsonl  one line an update or a validation
+    summary.json   what the run cost; there once it is finished
+    tensorboard/   events
+"""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from slm_assist.errors import UserError
+
+
+class RunDir:
+    """Paths of one run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser()
+        self.config = self.path / "config.json"
+        self.model = self.path / "model.json"
+        self.tokenizer = self.path / "tokenizer"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.summary = self.path / "summary.json"
+        self.tensorboard = self.path / "tensorboard"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, file: Path) -> dict[str, Any]:
+        """A JSON file of the run.
+
+        Raises:
+          UserError: it is not there or is not JSON.
+        """
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: not a run directory, it has no {file.name}") from None
+        except ValueError as error:
+            raise UserError(f"{file}: not JSON ({error}); the file is damaged") from None
+
+    def flops_at(self, step: int) -> float | None:
+        """Training FLOPs spent up to `step`, by the run's own metrics; None where they do not say."""
+        if not self.metrics.is_file():
+            return None
+        with open(self.metrics, encoding="utf-8") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    record = json.loads(line)
+                    if record.get("kind") == "train" and record["step"] == step:
+                        return record["flops"]
+        return None
+
+    def beside(self) -> "RunDir":
+        """This directory if it is free, else the first free one of `PATH-2`, `PATH-3`, ..."""
+        if not self.path.exists():
+            return self
+        for number in itertools.count(2):
+            other = self.path.with_name(f"{self.path.name}-{number}")
+            if not other.exists():
+                return RunDir(other)
+        raise AssertionError
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps a second process out for as long as this one lives; nothing stays locked after a kill.
+
+        A directory in which nothing came to be is removed again.
+
+        Raises:
+          UserError: another process trains in this directory, or it cannot be written.
+        """
+        file = self.path / "LOCK"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another run_dir") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before us may have removed the file between our open and our lock.
+            held = file.exists() and os.path.samestat(os.fstat(descriptor), file.stat())
+        except BlockingIOError:
+            held = False
+        if not held:
+            os.close(descriptor)
+            raise UserError(
+                f"{self.path}: another process is training in this directory; wait for it, stop it, or use another "
+                "run_dir"
+            )
+        try:
+            yield
+        finally:
+            if os.listdir(self.path) == ["LOCK"]:
+                file.unlink()
+                self.path.rmdir()
+            os.close(descriptor)

@@ -1,0 +1,49 @@
+"""What a run is at one instant. Everything that must survive a kill is in here, and no helper is."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from slm_assist import optim, sharding
+from slm_assist.models import Transformer
+
+
+class TrainState(NamedTuple):
+    """A pytree; `step` updates are done.
+
+    `assist` holds what the small LM's schedule has decided so far, under its own name in the checkpoint.
+    """
+
+    step: jax.Array  # int32
+    params: Any  # float32
+    opt_state: Any
+    assist: dict[str, jax.Array]
+
+
+def init(
+    model: Transformer, optimizer: optax.GradientTransformation, seed: int, stage1_steps: int
+) -> TrainState:
+    """The state before the first update; jit it with `state_shardings` as `out_shardings`."""
+    params = model.init(jax.random.key(seed))
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+        assist={"stage1_steps": jnp.int32(stage1_steps)},
+    )
+
+
+def state_shardings(
+    model: Transformer, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """A `TrainState` of `NamedSharding`: optimizer statistics lie where their parameters lie."""
+    shapes, axes = model.shapes(), model.logical_axes()
+    whole = sharding.replicated(mesh)
+    return TrainState(
+        step=whole,
+        params=sharding.shardings(axes, shapes, mesh),
+        opt_state=optim.state_shardings(optimizer, shapes, axes, mesh),
+        assist={"stage1_steps": whole},
+    )

@@ -1,0 +1,55 @@
+"""Validation during a run: an experiment's rows, buckets and compiled step put together."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from slm_assist import sharding, steps
+from slm_assist.assist import helpers as helpers_lib
+from slm_assist.evals import perplexity
+from slm_assist.experiment import Experiment, Say
+from slm_assist.run_dir import RunDir
+
+
+def put(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """A batch from the loader, on the devices; each process gives its own rows."""
+    names = ("tokens", "targets", "segment_ids", "positions", "mask")
+    return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in names}
+
+
+def validator(experiment: Experiment, eval_step: Callable, say: Say) -> Callable:
+    """Parameters -> the figures of a validation line; cuts the rows into buckets first, if that is to be done."""
+    where = sharding.batch_sharding(experiment.mesh)
+
+    def sums(params: Any, step: Callable = eval_step) -> dict[str, np.ndarray]:
+        return experiment.validation.row_sums(lambda batch: jax.device_get(step(params, put(batch, where))))
+
+    if experiment.config.validation.buckets:
+        experiment.validation.buckets = _buckets(experiment, sums, say)
+    return lambda params: experiment.validation.record(sums(params))
+
+
+def _buckets(experiment: Experiment, sums: Callable, say: Say) -> np.ndarray:
+    """Thirds of the validation rows by the loss of the run that the config names: cut once, kept beside the rows."""
+    name = experiment.config.validation.buckets
+    cutter = RunDir(name)
+    identity = {"run": cutter.path.name, "rows": experiment.validation.fingerprint}
+    identity["config"] = cutter.read(cutter.config)
+    file = perplexity.bucket_file(experiment.prepared.path, cutter.path.name, identity)
+    buckets = perplexity.read_buckets(file)
+    if buckets is None:
+        helper = helpers_lib.find(
+            "buckets", name, step=-1, vocabulary=experiment.prepared.vocabulary, dtype=experiment.dtype, say=say
+        )
+        params = helper.load(experiment.mesh, say)
+        step = jax.jit(
+            functools.partial(steps.eval_step, model=helper.model, block_bytes=experiment.student.block_bytes),
+            out_shardings=sharding.replicated(experiment.mesh),
+        )
+        buckets = perplexity.thirds(sums(params, step))
+        perplexity.write_buckets(file, buckets, experiment.validation.row_ids, identity)
+        say(f"cut {len(buckets)} validation rows into easy, medium and hard by {name} at step {helper.step}")
+    return buckets
