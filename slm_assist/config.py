@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.validation_fraction = 0.01  # of the documents (python: of the bytes), by a stable hash
     c.data.text_field = "text"  # jsonl: the field with the text
     c.data.domain_field = ""  # jsonl: dotted field with the domain, as meta.pile_set_name; empty: one domain
-    c.data.row_length = 256  # T: tokens the model sees in a row (a row stores T+1)
+    c.data.seq_len = 256  # T: tokens the model sees in a row (a row stores T+1)
     c.data.vocabulary = ""  # SentencePiece model or run directory; empty: the teacher's, else train one
     c.data.vocab_size = 2048  # pieces, when a vocabulary is trained
     c.data.cache_dir = "~/.cache/slm_assist"  # prepared rows and vocabularies, keyed by content  [resume]
@@ -217,7 +217,7 @@ def _refuse():
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises `UserError` where keys are out of range or contradict each other."""
-    for key in ("steps", "batch_rows", "microbatches", "data.row_length", "checkpoint.keep_last"):
+    for key in ("steps", "batch_rows", "microbatches", "data.seq_len", "checkpoint.keep_last"):
         if flatten(config)[key] < 1:
             raise UserError(f"{key}={flatten(config)[key]}: must be at least 1")
     if config.batch_rows % config.microbatches:

@@ -101,7 +101,7 @@ def prepare(config: ml_collections.ConfigDict, run: RunDir | None = None, *, say
         source,
         vocabulary=find_vocabulary(config, run),
         vocab_size=data.vocab_size,
-        seq_len=data.row_length,
+        seq_len=data.seq_len,
         validation_source=validation,
         validation_fraction=data.validation_fraction,
         cache_dir=Path(data.cache_dir).expanduser(),
@@ -110,7 +110,7 @@ def prepare(config: ml_collections.ConfigDict, run: RunDir | None = None, *, say
     )
     train, held = prepared.train, prepared.validation
     say(
-        f"rows of {data.row_length} tokens: {len(train):,} to train on ({train.tokens:,} tokens), {len(held):,} to "
+        f"rows of {data.seq_len} tokens: {len(train):,} to train on ({train.tokens:,} tokens), {len(held):,} to "
         f"validate on; {prepared.vocabulary.size} pieces; in {prepared.path}"
     )
     return prepared
@@ -120,10 +120,12 @@ def find_vocabulary(config: ml_collections.ConfigDict, run: RunDir | None) -> Vo
     """A run that goes on keeps its own; then the config's, the teacher's; None: one is to be trained."""
     if run and run.config.is_file():
         return Vocabulary.load(run.tokenizer)
-    for path in (config.data.vocabulary, config.assist.teacher):
-        if path:
-            inside = Path(path).expanduser() / "tokenizer"
-            return Vocabulary.load(inside if inside.is_dir() else Path(path).expanduser())
+    given = config.data.vocabulary
+    if not given and config.assist.teacher:
+        given = helpers_lib.open_run("teacher", config.assist.teacher).path
+    if given:
+        path = Path(given).expanduser()
+        return Vocabulary.load(path / "tokenizer" if (path / "tokenizer").is_dir() else path)
     return None
 
 
@@ -200,7 +202,7 @@ def facts(experiment: Experiment, helpers: dict[str, helpers_lib.Helper]) -> dic
         "train_tokens": int(train.tokens),
         "train_rows_count": len(train),
         "validation_rows_count": len(experiment.validation.row_ids),
-        "row_length": config.data.row_length,
+        "seq_len": config.data.seq_len,
         "batch_rows": config.batch_rows,
         "helpers": {role: helper.facts() for role, helper in helpers.items()},
         "hardware": device.device_kind if device.platform != "cpu" else f"CPU ({platform.machine()})",

@@ -24,24 +24,24 @@ PEAK_FLOPS = {
 }
 
 
-def forward(config: ModelConfig, row_length: int) -> float:
-    """FLOPs of one forward pass, a token, in rows of `row_length` tokens."""
+def forward(config: ModelConfig, seq_len: int) -> float:
+    """FLOPs of one forward pass, a token, in rows of `seq_len` tokens."""
     width, head_dim = config.d_model, config.head_dim
     projections = width * head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     mlp = (3 if config.gated_mlp else 2) * width * config.d_ff
     head = width * config.vocab_size
-    attention = 2 * 2 * row_length * config.num_heads * head_dim
+    attention = 2 * 2 * seq_len * config.num_heads * head_dim
     return config.num_layers * (2 * (projections + mlp) + attention) + 2 * head
 
 
-def plain(student: ModelConfig, row_length: int) -> float:
+def plain(student: ModelConfig, seq_len: int) -> float:
     """Training FLOPs, a token, without help: forward and backward."""
-    return 3 * forward(student, row_length)
+    return 3 * forward(student, seq_len)
 
 
-def assisted(student: ModelConfig, teacher: ModelConfig, row_length: int) -> float:
+def assisted(student: ModelConfig, teacher: ModelConfig, seq_len: int) -> float:
     """Training FLOPs, a token, with the teacher's forward pass."""
-    return plain(student, row_length) + forward(teacher, row_length)
+    return plain(student, seq_len) + forward(teacher, seq_len)
 
 
 def peak(device: jax.Device) -> float | None:

@@ -59,11 +59,11 @@ class Log:
         self._experiment, self._clock = experiment, clock
         self._pending: tuple[int, str, Pairs] | None = None
         self._tokens, self._student_flops, self._teacher_flops = meta["tokens"], meta["flops"], meta["teacher_flops"]
-        batch_tokens = config.batch_rows * config.data.row_length
+        batch_tokens = config.batch_rows * config.data.seq_len
         self._batch_tokens = batch_tokens
-        self._step_flops = batch_tokens * flops.plain(experiment.student.model.config, config.data.row_length)
+        self._step_flops = batch_tokens * flops.plain(experiment.student.model.config, config.data.seq_len)
         self._helper_flops = sum(
-            batch_tokens * flops.forward(helper.model.config, config.data.row_length) for helper in helpers.values()
+            batch_tokens * flops.forward(helper.model.config, config.data.seq_len) for helper in helpers.values()
         )
         peak = flops.peak(experiment.mesh.devices.flat[0])
         self._peak = peak and peak * experiment.mesh.size

@@ -196,7 +196,7 @@ def _compile(
 
 
 def _batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    shape = (experiment.config.batch_rows, experiment.config.data.row_length)
+    shape = (experiment.config.batch_rows, experiment.config.data.seq_len)
     where = sharding.batch_sharding(experiment.mesh)
     dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), np.int32) | {"mask": np.float32}
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in dtypes.items()}

@@ -65,9 +65,7 @@ def find(
     Raises:
       UserError: no such run or step, or vocabularies that differ.
     """
-    run = RunDir(directory)
-    if not run.path.is_dir():
-        raise UserError(f"assist.{role}={directory}: there is no such directory; name the small LM's run directory")
+    run = open_run(role, directory)
     model = Transformer(ModelConfig.from_json(run.read(run.model)), dtype=dtype)
     difference = compare(vocabulary, Vocabulary.load(run.tokenizer))
     if difference:
@@ -76,6 +74,14 @@ def find(
             "data.vocabulary"
         )
     return Helper(role, run, _readable_step(run, step, say), model)
+
+
+def open_run(role: str, directory: str) -> RunDir:
+    """The run in `directory`, or `UserError` where there is none."""
+    run = RunDir(directory)
+    if not run.path.is_dir():
+        raise UserError(f"assist.{role}={directory}: there is no such directory; name the small LM's run directory")
+    return run
 
 
 def _readable_step(run: RunDir, step: int, say: Callable[[str], None]) -> int:

@@ -14,7 +14,7 @@ _BLOCK = 1 << 18
 
 
 def _zstd(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Decompressed blocks of all frames. (`stream_reader` takes a file that was cut short for a whole one.)"""
+    """Decompressed blocks of all frames. (`stream_reader` takes a file cut short for a whole one.)"""
     try:
         import zstandard
     except ImportError as error:

@@ -64,7 +64,9 @@ class Prefetcher:
     def batch_at(self, n: int) -> dict[str, np.ndarray]:
         """The n-th batch. `n` is one more at each call, from `start`; otherwise ValueError."""
         if n != self._next:
-            raise ValueError(f"batch {n} asked for where {self._next} is next: start another Prefetcher there")
+            raise ValueError(
+                f"batch {n} asked for where {self._next} is next: start another Prefetcher there"
+            )
         self._submit()
         batch = self._batches.popleft().result()
         self._next += 1

@@ -34,7 +34,7 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int = 0) -> np.ndarray:
     Args:
       index: integers in [0, n), any shape.
       n: size of the permuted range, at least 1.
-      seed, epoch: the key; negative and large integers are fine.
+      seed, epoch: the key; any integers, taken modulo 2**64.
 
     Returns:
       int64 array of the shape of `index`.

@@ -97,17 +97,15 @@ class Rows:
     """
 
     def __init__(self, path: Path, meta: dict, seq_len: int, vocabulary: Vocabulary):
-        """Maps the file `path`; `meta` is its entry in meta.json. UserError if its size is not the one noted."""
+        """Maps the file `path`; `meta` is its entry in meta.json. UserError if its size is not as noted."""
         self.seq_len, self.vocabulary, self._path = seq_len, vocabulary, path
         self.domains: list[str] = list(meta["domains"])
         self.tokens: int = meta["tokens"]
         self.fingerprint: str = meta["fingerprint"]
         dtype = row_dtype(seq_len, vocabulary.size)
-        size = path.stat().st_size if path.exists() else 0
-        if size != meta["rows"] * dtype.itemsize:
-            raise UserError(
-                f"{path}: {size} bytes where {meta['rows'] * dtype.itemsize} were written; delete {path.parent}"
-            )
+        size, written = path.stat().st_size if path.exists() else 0, meta["rows"] * dtype.itemsize
+        if size != written:
+            raise UserError(f"{path}: {size} bytes where {written} were written; delete {path.parent}")
         self._records = np.memmap(path, dtype, mode="r", shape=(meta["rows"],))
 
     def __len__(self) -> int:

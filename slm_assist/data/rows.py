@@ -74,8 +74,8 @@ def prepare(
     Args:
       source: the corpus. Where it does not say itself which documents are for validation,
         `validation_fraction` of them are, by a hash of their text (so that copies stay on one side).
-      vocabulary: the vocabulary to use; None learns one of `vocab_size` pieces from about `sample_bytes` of the
-        training documents.
+      vocabulary: the vocabulary to use; None learns one of `vocab_size` pieces from about `sample_bytes` of
+        the training documents.
       seq_len: T; a row stores T + 1 ids.
       validation_source: takes the place of a split: all of `source` is for training.
       cache_dir: holds one directory for each combination of contents and settings.
@@ -90,7 +90,9 @@ def prepare(
         raise UserError(f"data.seq_len={seq_len}: use at least 1")
     by_hash = not (source.splits or validation_source)
     if by_hash and not 0 < validation_fraction < 1:
-        raise UserError(f"data.validation_fraction={validation_fraction}: use a number between 0 and 1, such as 0.01")
+        raise UserError(
+            f"data.validation_fraction={validation_fraction}: use a number between 0 and 1, such as 0.01"
+        )
     settings = {
         "format": FORMAT,
         "source": source.fingerprint,
@@ -98,7 +100,7 @@ def prepare(
         "validation_fraction": validation_fraction if by_hash else None,
         "seq_len": seq_len,
         "vocabulary": vocabulary.fingerprint if vocabulary else ["bpe", vocab_size, sample_bytes],
-        "shard_documents": shard_documents,
+        "shard": [shard_documents, _SHARD_CHARACTERS],
     }
     key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
     cache_dir = Path(cache_dir).expanduser()
@@ -112,9 +114,13 @@ def prepare(
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _scratch(cache_dir) as scratch:
-            vocabulary = vocabulary or train_vocabulary(corpus.training_texts(), vocab_size, sample_bytes=sample_bytes)
+            vocabulary = vocabulary or train_vocabulary(
+                corpus.training_texts(), vocab_size, sample_bytes=sample_bytes
+            )
             vocabulary.save(scratch / "tokenizer")
-            splits = _write_rows(corpus, vocabulary, scratch, seq_len, cores or os.cpu_count() or 1, shard_documents)
+            splits = _write_rows(
+                corpus, vocabulary, scratch, seq_len, cores or os.cpu_count() or 1, shard_documents
+            )
             _check_sizes(splits, seq_len, by_hash, validation_fraction)
             meta = {
                 "format": FORMAT,
@@ -143,7 +149,9 @@ def open_rows(path: str | Path) -> Prepared:
     try:
         meta = json.loads((path / "meta.json").read_text())
         if meta["format"] != FORMAT:
-            raise UserError(f"{path}: rows of format {meta['format']}, this version reads {FORMAT}; delete it")
+            raise UserError(
+                f"{path}: rows of format {meta['format']}, this version reads {FORMAT}; delete it"
+            )
         vocabulary = Vocabulary.load(path / "tokenizer")
         if vocabulary.fingerprint != meta["vocabulary"]:
             raise UserError(f"{path / 'tokenizer'}: not the vocabulary of these rows; delete {path}")
@@ -291,17 +299,17 @@ def _check_sizes(splits: dict[str, dict], seq_len: int, by_hash: bool, fraction:
     need = seq_len + 1
     if splits["train"]["ids"] < need:
         raise UserError(
-            f"the training text is {splits['train']['ids']} tokens, too few for one row of {need}: give more text or "
-            "shorten data.seq_len"
+            f"the training text is {splits['train']['ids']} tokens, too few for one row of {need}: give more "
+            "text or shorten data.seq_len"
         )
     have = splits["validation"]["ids"]
     if have < need:
-        all_ids = have + splits["train"]["ids"]
-        enough = min(0.5, max(2 * fraction, round(4 * need / all_ids, 3)))
-        cure = f"raise data.validation_fraction (to {enough:g}, say), " if by_hash else ""
+        ids, documents = (sum(split[count] for split in splits.values()) for count in ("ids", "documents"))
+        enough = min(0.5, max(2 * fraction, 4 * need / ids, 5 / documents))  # both expectations well above 1
+        cure = f"raise data.validation_fraction (to {enough:.2g}, say), " if by_hash else ""
         raise UserError(
-            f"the validation text is {have} tokens, too few for one row of {need}: {cure}give data.validation "
-            f"{'' if by_hash else 'more text '}or shorten data.seq_len"
+            f"the validation text is {have} tokens, too few for one row of {need}: {cure}give "
+            f"data.validation {'' if by_hash else 'more text '}or shorten data.seq_len"
         )
 
 

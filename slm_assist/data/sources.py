@@ -1,6 +1,7 @@
 """Where text comes from: `text:`, `jsonl:` and `python:` sources of documents."""
 
 import codecs
+import contextlib
 import glob
 import hashlib
 import json
@@ -95,12 +96,12 @@ def open_source(
 
     Args:
       spec: one of
-        `text:GLOB[,GLOB...]`  UTF-8 files. A long one is cut into documents of about 4 KB, at blank lines where
-          there are any; together they are the file. Domain: the folder's name if there are several folders,
-          else the file's name if there are 2 to 20 files, else "text".
+        `text:GLOB[,GLOB...]`  UTF-8 files. A long one is cut into documents of about 4 KB, at blank lines
+          where there are any; together they are the file. Domain: the folder's name if there are several
+          folders, else the file's name if there are 2 to 20 files, else "text".
         `jsonl:GLOB[,GLOB...]`  one JSON object a line, plain, .gz, .xz or .zst; blank lines and empty texts
           are skipped.
-        `python:`  the Python sources of the standard library, jax, flax, numpy, scipy and optax, as installed.
+        `python:`  the Python sources of the standard library, jax, flax, numpy, scipy and optax.
         `~` and `**` work in globs; the files of a glob come in sorted order.
       text_field, domain_field: of `jsonl:`, where text and domain stand; dots lead into inner objects
         (`meta.pile_set_name`). Without a `domain_field` the domain is "jsonl".
@@ -120,7 +121,9 @@ def open_source(
     digests = _digests(paths, cache_dir)
     if kind == "text":
         domains = _text_domains(paths)
-        return Source(spec, [_Part(p, *digests[p], d, _read_text) for p, d in zip(paths, domains, strict=True)])
+        return Source(
+            spec, [_Part(p, *digests[p], d, _read_text) for p, d in zip(paths, domains, strict=True)]
+        )
     read = partial(_read_jsonl, text_field=text_field, domain_field=domain_field)
     options = f"{text_field} {domain_field}"
     return Source(spec, [_Part(p, *digests[p], "jsonl", read, options=options) for p in paths])
@@ -171,15 +174,18 @@ def _digests(paths: list[Path], cache_dir: str | Path | None) -> dict[Path, tupl
             key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
             if key not in memo:
                 with path.open("rb") as file:
-                    fresh[key] = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+                    fresh[key] = hashlib.file_digest(
+                        file, partial(hashlib.blake2b, digest_size=16)
+                    ).hexdigest()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
         result[path] = (stat.st_size, memo.get(key) or fresh[key])
     if memo_file and fresh:
-        memo_file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = memo_file.with_name(f"{memo_file.name}.{os.getpid()}")
-        scratch.write_text(json.dumps(memo | fresh, indent=0))
-        scratch.replace(memo_file)
+        with contextlib.suppress(OSError):
+            memo_file.parent.mkdir(parents=True, exist_ok=True)
+            scratch = memo_file.with_name(f"{memo_file.name}.{os.getpid()}")
+            scratch.write_text(json.dumps(memo | fresh, indent=0))
+            scratch.replace(memo_file)
     return result
 
 
@@ -200,7 +206,9 @@ def _read_text(path: Path, on_bytes: OnBytes) -> Iterator[Document]:
                 buffer = buffer[at:] + decoder.decode(block, final=not file.peek(1))
             except UnicodeDecodeError as error:
                 where = offset - pending + error.start
-                raise UserError(f"{path}: not UTF-8 at byte {where}; convert it, for example with iconv") from error
+                raise UserError(
+                    f"{path}: not UTF-8 at byte {where}; convert it, for example with iconv"
+                ) from error
             at, offset = 0, offset + len(block)
             on_bytes(len(block))
             while len(buffer) - at > _LONGEST:
@@ -230,13 +238,19 @@ def _read_jsonl(path: Path, on_bytes: OnBytes, text_field: str, domain_field: st
         try:
             record = json.loads(line)
         except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line; convert the file") from error
+            raise UserError(
+                f"{where}: not UTF-8 at byte {error.start} of the line; convert the file"
+            ) from error
         except ValueError as error:
             raise UserError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
         except RecursionError as error:
-            raise UserError(f"{where}: JSON nested too deeply to be read; each line must be one object") from error
+            raise UserError(
+                f"{where}: JSON nested too deeply to be read; each line must be one object"
+            ) from error
         if not isinstance(record, dict):
-            raise UserError(f"{where}: a JSON {type(record).__name__}, not an object with a {text_field!r} field")
+            raise UserError(
+                f"{where}: a JSON {type(record).__name__}, not an object with a {text_field!r} field"
+            )
         text = _field(record, text_field, where, "text_field")
         domain = _field(record, domain_field, where, "domain_field") if domain_field else ""
         if text:
@@ -258,5 +272,7 @@ def _field(record: dict, name: str, where: str, key: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: field {name!r} has half a surrogate pair at {error.start}; mend it") from error
+        raise UserError(
+            f"{where}: field {name!r} has half a surrogate pair at {error.start}; mend it"
+        ) from error
     return value

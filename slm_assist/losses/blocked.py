@@ -29,7 +29,8 @@ from slm_assist import sharding
 from slm_assist.errors import UserError
 from slm_assist.losses.common import Distribution, Loss, Span, TokenInfo, TokenStats, Weight, collect
 
-BLOCK_BYTES = 64 * 2**20
+# Small enough for a CPU's caches; on accelerators large, as each tile passes once over the head's gradient.
+BLOCK_BYTES_CPU, BLOCK_BYTES = 16 * 2**20, 512 * 2**20
 
 
 def cross_entropy(
@@ -41,7 +42,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     per_token: bool = False,
 ) -> Loss:
     """`dense.cross_entropy` of the logits softcap(logit_scale * hidden @ head).
@@ -54,15 +55,15 @@ def cross_entropy(
       z_loss: coefficient of logsumexp^2.
       softcap: logits become softcap * tanh(logits / softcap); 0 for none.
       logit_scale: multiplies the logits before the cap.
-      block_bytes: the most that the live float32 logits of a tile may take, on a device. At least one token
-        is in a tile.
+      block_bytes: the most that the live float32 logits of a tile may take, on a device; a tile has at least
+        one token. None: 16 MiB on a CPU, 512 MiB elsewhere.
       per_token: return [B, T] terms; their gradient costs a second pass over the logits.
 
     Raises:
       UserError: shapes that do not fit together.
     """
     student = _Model(hidden_BxTxD, head_DxV)
-    plan = _Plan(student=_LogitForm(softcap, logit_scale), z_loss=z_loss)
+    plan = _Plan(student=_LogitForm(softcap, logit_scale), z_loss=float(z_loss))
     return _loss(plan, student, _Frozen(target_BxT, mask_BxT), None, block_bytes, per_token)
 
 
@@ -81,7 +82,7 @@ def distillation(
     logit_scale: float = 1.0,
     teacher_softcap: float = 0.0,
     teacher_logit_scale: float = 1.0,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     per_token: bool = False,
 ) -> Loss:
     """`dense.distillation` of both models' logits.
@@ -107,7 +108,7 @@ def distillation(
         student=_LogitForm(softcap, logit_scale),
         teacher=_LogitForm(teacher_softcap, teacher_logit_scale),
         temperature=float(temperature),
-        z_loss=z_loss,
+        z_loss=float(z_loss),
     )
     return _loss(plan, student, _Frozen(target_BxT, mask_BxT, teacher), weight, block_bytes, per_token)
 
@@ -119,7 +120,7 @@ def token_stats(
     *,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
 ) -> TokenStats:
     """(loss, rank) of every target, [B, T] each; arguments as in `cross_entropy`. Has no gradient."""
     student = jax.lax.stop_gradient(_Model(hidden_BxTxD, head_DxV))
@@ -129,16 +130,17 @@ def token_stats(
     return TokenStats(terms["cross_entropy"], terms["rank"])
 
 
-# What is static, and what comes in.
-
-
 class _LogitForm(NamedTuple):
+    """softcap * tanh(scale * x / softcap), or scale * x for softcap 0."""
+
     softcap: float
     scale: float
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
+    """All that is known before tracing."""
+
     student: _LogitForm
     teacher: _LogitForm | None = None
     temperature: float = 1.0
@@ -175,12 +177,10 @@ class _Tokens(NamedTuple):
     scale: jax.Array | None
 
 
-def _prepare(plan: _Plan, student: _Model, frozen: _Frozen, weight: Weight | None, block_bytes: int):
-    """Checks shapes, decides on tiles and shards, and makes the weight an array or a closed function."""
-    batch, length = frozen.target.shape
-    vocab = student.head.shape[1]
+def _prepare(plan: _Plan, student: _Model, frozen: _Frozen, weight: Weight | None, block_bytes: int | None):
+    """Checks shapes, decides on tiles and shards, and makes the weight an array or part of the plan."""
+    (batch, length), vocab = frozen.target.shape, student.head.shape[1]
     _check(student, frozen, (batch, length))
-
     mesh = sharding.ambient_mesh()
     if mesh is not None and mesh.size > 1 and AxisType.Manual not in mesh.axis_types:
         batch_axes = sharding.axes_on(mesh, sharding.BATCH_AXES, batch)
@@ -191,6 +191,8 @@ def _prepare(plan: _Plan, student: _Model, frozen: _Frozen, weight: Weight | Non
             plan, sharded=True, batch_axes=batch_axes, vocab_axis=vocab_axes[0] if vocab_axes else None
         )
     models = 1 if frozen.teacher is None else 2
+    if block_bytes is None:
+        block_bytes = BLOCK_BYTES_CPU if jax.default_backend() == "cpu" else BLOCK_BYTES
     plan = dataclasses.replace(plan, tile=_tile_size(batch * length, 4 * vocab * models, block_bytes))
 
     frozen = frozen._replace(mask=jax.lax.stop_gradient(frozen.mask.astype(jnp.float32)))
@@ -211,8 +213,8 @@ def _check(student: _Model, frozen: _Frozen, tokens: tuple[int, int]) -> None:
             )
         if model.head.shape[1] != student.head.shape[1]:
             raise UserError(
-                f"head {student.head.shape} and teacher_head {model.head.shape} differ in the vocabulary: soft "
-                "labels need the same one for both models"
+                f"head {student.head.shape} and teacher_head {model.head.shape} differ in the vocabulary: "
+                "soft labels need the same one for both models"
             )
     if frozen.mask.shape != tokens:
         raise UserError(f"mask {frozen.mask.shape} does not fit targets {tokens}: pass one entry a target")
@@ -231,7 +233,7 @@ def _tile_size(tokens: int, token_bytes: int, block_bytes: int) -> int:
 # The gradient rules.
 
 
-def _loss(plan, student: _Model, frozen: _Frozen, weight, block_bytes: int, per_token: bool) -> Loss:
+def _loss(plan, student: _Model, frozen: _Frozen, weight, block_bytes: int | None, per_token: bool) -> Loss:
     plan, student, frozen = _prepare(plan, student, frozen, weight, block_bytes)
     return (_token_terms if per_token else _summed)(plan, student, frozen)
 
@@ -290,15 +292,10 @@ def _run(plan: _Plan, student: _Model, frozen: _Frozen, scale_BxT: jax.Array | N
 
 
 def _run_mesh(plan: _Plan, student: _Model, frozen: _Frozen, scale_BxT: jax.Array | None):
+    """`_run` on the ambient mesh, or on one device."""
     teacher = frozen.teacher
-    tokens = _Tokens(
-        student.hidden,
-        frozen.target,
-        frozen.mask != 0,
-        None if teacher is None else teacher.hidden,
-        frozen.weight,
-        scale_BxT,
-    )
+    teacher_hidden = None if teacher is None else teacher.hidden
+    tokens = _Tokens(student.hidden, frozen.target, frozen.mask != 0, teacher_hidden, frozen.weight, scale_BxT)
     # Cast before the shards gather their heads: half the traffic in bfloat16.
     heads = [model.head.astype(model.hidden.dtype) for model in (student, teacher) if model is not None]
     run = partial(_run_shard, plan)
@@ -317,12 +314,10 @@ _run_mesh_compiled = jax.jit(_run_mesh, static_argnums=0)
 
 def _run_shard(plan: _Plan, tokens: _Tokens, heads: list[jax.Array]):
     """`_run` for the tokens and the part of the vocabulary that one device holds."""
-    shape = tokens.target.shape
-    size = heads[0].shape[1]
+    shape, size = tokens.target.shape, heads[0].shape[1]
     span = Span(jax.lax.axis_index(plan.vocab_axis) * size, plan.vocab_axis) if plan.vocab_axis else Span()
     count = math.prod(shape)
     tiles = -(-count // plan.tile)
-
     tokens = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), tokens)
     one_tile = partial(_tile, plan, span, heads)
     if tiles == 1:
@@ -357,6 +352,7 @@ def _tile(plan: _Plan, span: Span, heads: list[jax.Array], tokens: _Tokens):
     hidden, target = jnp.where(keep[:, None], tokens.hidden, 0), jnp.where(keep, tokens.target, 0)
     student = Distribution(_logits(hidden, heads[0], plan.student), target, span)
     terms = {"total": student.loss, "cross_entropy": student.loss, "rank": student.rank}
+    teacher, weight = None, 0.0
 
     if tokens.teacher_hidden is not None:
         teacher_hidden = jnp.where(keep[:, None], tokens.teacher_hidden, 0)
@@ -379,12 +375,10 @@ def _tile(plan: _Plan, span: Span, heads: list[jax.Array], tokens: _Tokens):
     # The error term, its factors gathered so that each logit is touched once.
     scale = jnp.where(keep, tokens.scale, 0.0)
     of_p = scale * (1 + 2 * plan.z_loss * student.logsumexp) / student.sum_exp
-    if tokens.teacher_hidden is None:
-        error = of_p[:, None] * student.exp - jnp.where(student.is_target(), scale[:, None], 0.0)
-    else:
-        of_q, of_y = scale * weight / soft.sum_exp, scale * (1 - weight)
-        error = of_p[:, None] * student.exp - of_q[:, None] * soft.exp
-        error -= jnp.where(student.is_target(), of_y[:, None], 0.0)
+    of_y = scale * (1 - weight)
+    error = of_p[:, None] * student.exp - jnp.where(student.is_target(), of_y[:, None], 0.0)
+    if teacher is not None:
+        error -= (scale * weight / soft.sum_exp)[:, None] * soft.exp
     if plan.student.softcap:
         error *= 1 - (student.logits / plan.student.softcap) ** 2
     error = (plan.student.scale * error).astype(hidden.dtype)

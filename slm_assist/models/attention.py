@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 
 MASKED = -1e30
+# Queries are taken in at most MAX_BLOCKS blocks, of MIN_BLOCK or more, each against only the keys it can see.
+MIN_BLOCK, MAX_BLOCKS = 64, 8
 
 
 def mask_for(
@@ -12,31 +14,35 @@ def mask_for(
     segment_ids: jax.Array | None = None,
     prefix_mask: jax.Array | None = None,
     window: int = 0,
+    queries: slice = slice(None),
+    keys: slice = slice(None),
 ) -> jax.Array:
     """Which keys each query sees.
 
     A query sees a key that stands at or before it in the row, or anywhere if both are in the prefix; only
     within its own segment; and, with a `window`, only at a distance below it. Padding (segment 0) sees
-    padding, so that every query sees at least itself and no row of the softmax is empty.
+    padding, so every query sees at least itself and no row of the softmax is empty.
 
     Args:
       length: T.
       segment_ids: int [B, T], or None where each row is one document.
-      prefix_mask: bool [B, T], the tokens of a bidirectional prefix.
+      prefix_mask: bool [B, T], the tokens of a bidirectional prefix, or None.
       window: width of a sliding window; 0 for none.
+      queries, keys: the part of the mask that is wanted.
 
     Returns:
       bool [B, T, T] (query, key); [1, T, T] where it is the same for all rows.
     """
-    query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
+    query = jnp.arange(length)[queries, None]
+    key = jnp.arange(length)[None, keys]
     seen_BxTxT = (key <= query)[None]
     if prefix_mask is not None:
         prefix_mask = prefix_mask.astype(bool)
-        seen_BxTxT |= prefix_mask[:, :, None] & prefix_mask[:, None, :]
+        seen_BxTxT |= prefix_mask[:, queries, None] & prefix_mask[:, None, keys]
     if window:
         seen_BxTxT &= abs(query - key) < window
     if segment_ids is not None:
-        seen_BxTxT &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        seen_BxTxT &= segment_ids[:, queries, None] == segment_ids[:, None, keys]
     return seen_BxTxT
 
 
@@ -59,13 +65,50 @@ def attend(
     """
     B, T, N, H = query_BxTxNxH.shape
     K = key_BxTxKxH.shape[2]
-    query_BxTxKxGxH = query_BxTxNxH.reshape(B, T, K, N // K, H) * H**-0.5
-    seen_BxTxT = mask_for(T, segment_ids=segment_ids, prefix_mask=prefix_mask, window=window)
-    # Dimensions of the large array in the order the matmul gives them, so that it is never transposed.
-    logits_BxKxTxGxT = jnp.einsum(
-        "btkgh,bskh->bktgs", query_BxTxKxGxH, key_BxTxKxH, preferred_element_type=jnp.float32
-    )
-    logits_BxKxTxGxT = jnp.where(seen_BxTxT[:, None, :, None, :], logits_BxKxTxGxT, MASKED)
-    weights_BxKxTxGxT = jax.nn.softmax(logits_BxKxTxGxT, axis=-1).astype(value_BxTxKxH.dtype)
-    mixed_BxTxKxGxH = jnp.einsum("bktgs,bskh->btkgh", weights_BxKxTxGxT, value_BxTxKxH)
-    return mixed_BxTxKxGxH.reshape(B, T, N, H)
+    G = N // K
+    query_BxKxTGxH = (query_BxTxNxH * H**-0.5).reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4)
+    query_BxKxTGxH = query_BxKxTGxH.reshape(B, K, T * G, H)
+    key_BxKxTxH, value_BxKxTxH = (x.transpose(0, 2, 1, 3) for x in (key_BxTxKxH, value_BxTxKxH))
+    size = max(MIN_BLOCK, -(-T // MAX_BLOCKS))
+    blocks = []
+    for start in range(0, T, size):
+        queries = slice(start, min(start + size, T))
+        keys = visible(queries, T, prefix_mask is not None, window)
+        seen_BxTxT = mask_for(
+            T, segment_ids=segment_ids, prefix_mask=prefix_mask, window=window, queries=queries, keys=keys
+        )
+        # One batch of plain matmuls, and the large array in the order in which both want it: no copies.
+        logits_BxKxTGxT = jnp.einsum(
+            "bkqh,bksh->bkqs",
+            query_BxKxTGxH[:, :, queries.start * G : queries.stop * G],
+            key_BxKxTxH[:, :, keys],
+            preferred_element_type=jnp.float32,
+        )
+        seen_BxTGxT = jnp.repeat(seen_BxTxT, G, axis=1)
+        weights_BxKxTGxT = masked_softmax(logits_BxKxTGxT, seen_BxTGxT[:, None]).astype(value_BxTxKxH.dtype)
+        blocks.append(jnp.einsum("bkqs,bksh->bkqh", weights_BxKxTGxT, value_BxKxTxH[:, :, keys]))
+    mixed_BxKxTxGxH = jnp.concatenate(blocks, axis=2).reshape(B, K, T, G, H)
+    return mixed_BxKxTxGxH.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+
+
+def visible(queries: slice, length: int, prefix: bool, window: int) -> slice:
+    """The shortest span with every key that some query of a span can see."""
+    reach = window - 1 if window else length
+    stop = queries.stop + reach if prefix else queries.stop
+    return slice(max(0, queries.start - reach), min(length, stop))
+
+
+@jax.custom_jvp
+def masked_softmax(logits: jax.Array, seen: jax.Array) -> jax.Array:
+    """Softmax over the last axis of the logits that are `seen`; 0 elsewhere."""
+    logits = jnp.where(seen, logits, MASKED)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    return weights / jnp.sum(weights, axis=-1, keepdims=True)
+
+
+@masked_softmax.defjvp
+def _masked_softmax_jvp(primals, tangents):
+    # From the weights alone, which are 0 where masked: the mask and the exponential are not kept or redone.
+    weights = masked_softmax(*primals)
+    product = weights * tangents[0]
+    return weights, product - weights * jnp.sum(product, axis=-1, keepdims=True)

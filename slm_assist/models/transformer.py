@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -46,6 +47,17 @@ def rotate(x_BxTxNxH: jax.Array, context: Context) -> jax.Array:
     return rotated.astype(x_BxTxNxH.dtype)
 
 
+def project(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
+    """Contracts the last `inputs` dimensions of x [B, T, ...] with the first ones of `kernel`.
+
+    As one matmul of two matrices: on CPUs the gradient of a batched one takes twice the time, because XLA
+    transposes an activation for it.
+    """
+    lead, features = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
+    rows = x.reshape(math.prod(lead), -1)
+    return (rows @ kernel.reshape(rows.shape[1], -1)).reshape(*lead, *features)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale, with float32 statistics (1910.07467)."""
 
@@ -81,7 +93,7 @@ class Attention(nn.Module):
                          (c.num_heads, c.head_dim, c.d_model))  # fmt: skip
 
         def heads(kernel_DxNxH, name):
-            x_BxTxNxH = jnp.einsum("btd,dnh->btnh", x_BxTxD, kernel_DxNxH.astype(self.dtype))
+            x_BxTxNxH = project(x_BxTxD, kernel_DxNxH.astype(self.dtype))
             return constrain(x_BxTxNxH, "batch", "length", name, "head_dim")
 
         mixed_BxTxNxH = attend(
@@ -93,7 +105,7 @@ class Attention(nn.Module):
             window=self.window,
         )
         mixed_BxTxNxH = constrain(mixed_BxTxNxH, "batch", "length", "heads", "head_dim")
-        return jnp.einsum("btnh,nhd->btd", mixed_BxTxNxH, out.astype(self.dtype))
+        return project(mixed_BxTxNxH, out.astype(self.dtype), inputs=2)
 
 
 class Mlp(nn.Module):
@@ -108,13 +120,13 @@ class Mlp(nn.Module):
 
         def widen(name):
             kernel_DxF = self.param(name, named(fan_in(1), "embed", "mlp"), (c.d_model, c.d_ff))
-            return constrain(x_BxTxD @ kernel_DxF.astype(self.dtype), "batch", "length", "mlp")
+            return constrain(project(x_BxTxD, kernel_DxF.astype(self.dtype)), "batch", "length", "mlp")
 
         activation = ACTIVATIONS[c.activation]
         hidden_BxTxF = activation(widen("gate")) * widen("up") if c.gated_mlp else activation(widen("up"))
         write = fan_in(1, 1 / (2 * c.num_layers))
         down_FxD = self.param("down", named(write, "mlp", "embed"), (c.d_ff, c.d_model))
-        return hidden_BxTxF @ down_FxD.astype(self.dtype)
+        return project(hidden_BxTxF, down_FxD.astype(self.dtype))
 
 
 class Layer(nn.Module):

@@ -22,7 +22,7 @@ PER_SEED = ("seed", "data.order_seed", "assist.teacher", "validation.buckets", "
             "validation.every", *MAY_CHANGE_ON_RESUME)  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Method:
     """Runs that differ in their seed, and their figures; an Estimate is over these runs.
 
@@ -254,13 +254,8 @@ def _helper_cost(helper: dict[str, Any], student: Run, runs: Sequence[Run]) -> d
     same_seed = [run for run in matches if run.seed == student.seed]
     own = next(iter(exact or same_seed or matches), None)
 
-    def until(axis: str) -> float | None:
-        if own is None or "step" not in helper:
-            return None
-        return stats.interpolate(helper["step"], own.column("step"), own.column(AXES[axis]))
-
-    flops = helper.get("train_flops")
-    return {"flops": until("flops") if flops is None else flops, "seconds": until("seconds")}
+    flops, seconds = (own.spent(axis, helper["step"]) if own else None for axis in ("flops", "seconds"))
+    return {"flops": helper.get("train_flops") or flops, "seconds": seconds}
 
 
 def _against(method: Method, base: Method) -> Method:
@@ -339,7 +334,7 @@ def _domain_error(method: Method, base: Method) -> float | None:
 
 UNLIKE = {
     "parameters": "students differ in size", "train_rows": "training rows differ",
-    "row_length": "row lengths differ", "batch_rows": "batch sizes differ",
+    "seq_len": "row lengths differ", "batch_rows": "batch sizes differ",
     "hardware": "hardware differs, so seconds do not compare",
     "devices": "numbers of devices differ, so seconds do not compare",
     "dtype": "compute precision differs", "versions": "versions of the software differ",

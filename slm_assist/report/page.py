@@ -22,20 +22,21 @@ ul.first { list-style: none; margin: 0; padding: 0; }
 ul.first li { border-left: 4px solid #bbb; margin: .35rem 0; padding: .15rem .8rem; }
 ul.first li.gain { border-color: #009E73; } ul.first li.loss { border-color: #D55E00; background: #fdf3ec; }
 ul.first li.data, ul.first li.noise { border-color: #0072B2; }
-img { width: 100%; height: auto; } figure { margin: 0; } figure.narrow { max-width: 34rem; }
+img { width: 100%; height: auto; } figure { margin: 0; }
 figcaption, p.note { color: #555; font-size: .87rem; margin: .4rem 0 0; }
 div.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 60%; }
 th { text-align: right; vertical-align: bottom; font-weight: 600; border-bottom: 2px solid #444; }
 td { text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th, td { padding: .3rem .7rem; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
-table.words th, table.words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+table.words { font-size: .8rem; } table.words th, table.words td { text-align: left; white-space: normal; }
+table.words td { overflow-wrap: anywhere; min-width: 2rem; }
 @media print { body { margin: 0; max-width: none; font-size: 11px; } h2 { break-after: avoid; }
   figure, tr { break-inside: avoid; } div.wide { overflow: visible; } }
 """
 CAPTIONS = {
     "validation.png": "Plain cross-entropy on the validation rows. Training losses of assisted runs contain "
-    "soft labels and are compared nowhere. Below: the last half of the run, enlarged. Dotted: where soft labels "
+    "soft labels and are compared nowhere. Below: the last half of BASELINE's run, enlarged. Dotted: where soft labels "
     "end. Dashed: BASELINE's final quality. The learning rate of a point is that of the running schedule.",
     "seconds.png": "The same against seconds of training, without compilation, validation and saves.",
     "buckets.png": "Validation rows in thirds by the loss of one named run, the same rows throughout.",
@@ -104,9 +105,8 @@ def page(comparison: Comparison, images: dict[str, bytes]) -> str:
 
 def _figure(name: str, image: bytes) -> str:
     source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-    narrow = ' class="narrow"' if name == "seconds.png" else ""
     caption = html.escape(CAPTIONS[name])
-    return f'<figure{narrow}><img alt="{name}" src="{source}"><figcaption>{caption}</figcaption></figure>'
+    return f'<figure><img alt="{name}" src="{source}"><figcaption>{caption}</figcaption></figure>'
 
 
 def _table(table: tables.Table | None, style: str = "") -> str:

@@ -1,9 +1,9 @@
 """The pictures: validation curves, buckets, seconds. Each is a PNG, as bytes; nothing needs a screen."""
 
 import io
+import math
 from collections.abc import Sequence
 
-from slm_assist.report import stats
 from slm_assist.report.compare import AXES, BASELINE, BUCKETS, OTHER, RKD, SALT, SMALL, Comparison, Method
 
 # Okabe and Ito's palette, told apart by colour-blind eyes; markers tell the curves apart in print
@@ -18,8 +18,7 @@ STYLE = {
     "xtick.color": "#444444", "ytick.color": "#444444", "axes.titlesize": 10, "axes.titleweight": "bold",
     "legend.frameon": False, "figure.facecolor": "white", "axes.titlelocation": "left",
 }  # fmt: skip
-LINE = {"lw": 1.7, "ms": 3.6}
-LABELS = {"steps": "steps", "flops": "training FLOPs, models only", "seconds": "training seconds"}
+LABELS = {"steps": "steps", "flops": "training FLOPs of the models", "seconds": "training seconds"}
 
 
 def pictures(comparison: Comparison) -> dict[str, bytes]:
@@ -34,8 +33,12 @@ def pictures(comparison: Comparison) -> dict[str, bytes]:
 
 
 def _png(figure) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130)
+    """The figure in 128 colours, which are enough for lines and text and a third of the bytes."""
+    from PIL import Image
+
+    drawn, out = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=130)
+    Image.open(drawn).convert("RGB").quantize(128).save(out, format="png", optimize=True)
     return out.getvalue()
 
 
@@ -60,35 +63,57 @@ def _colours(comparison: Comparison) -> dict[str, str]:
 
 
 def _validation(comparison: Comparison, axes: Sequence[str]):
-    """Log-perplexity against each of `axes`; above all of it, below the last half of BASELINE's run."""
-    figure, plots = _figure(2, len(axes), (4.9 * len(axes) + 0.2, 6.6), sharey="row")
-    colours = _colours(comparison)
+    """Log-perplexity against each of `axes`: all of it, and the last half of BASELINE's run, enlarged."""
+    if len(axes) > 1:
+        figure, plots = _figure(2, len(axes), (5.0 * len(axes), 6.6), sharey="row")
+    else:
+        figure, plots = _figure(1, 2, (10.0, 3.7))
+        plots = plots.T
     for column, axis in enumerate(axes):
-        for row, plot in enumerate(plots[:, column]):
-            for m in comparison.methods:
-                _curve(plot, m, axis, colours[m.name])
-            _target(plot, comparison, label=column == 0 and row == 1)
-            for m in comparison.methods:
-                _switch(plot, m, axis, colours[m.name], label=row == 0 and column == 0)
-            _limits(plot, comparison, axis, zoom=row == 1)
-            plot.set_title(f"{'last half' if row else 'whole run'}, by {axis.replace('flops', 'FLOPs')}")
-            if column == 0:
-                plot.set_ylabel("validation log-perplexity\n(nats a token)")
-        plots[1, column].set_xlabel(LABELS[axis])
+        for zoom, plot in zip((False, True), plots[:, column], strict=True):
+            _panel(plot, comparison, axis, zoom=zoom, words=column == 0)
     handles, labels = plots[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)))
     return figure
 
 
+def _panel(plot, comparison: Comparison, axis: str, *, zoom: bool, words: bool) -> None:
+    """One pair of axes; the small LM, of another size and length, is only in the whole picture."""
+    students = [m for m in comparison.methods if m.kind != SMALL] or comparison.methods
+    shown = students if zoom else comparison.methods
+    colours = _colours(comparison)
+    left = (comparison.baseline or students[0]).curves[axis][-1] / 2 if zoom else 0.0
+    right = max(m.curves[axis][-1] for m in shown)
+    for m in shown:
+        _curve(plot, m, axis, colours[m.name])
+        _switch(plot, m, axis, colours[m.name], left, label=words and not zoom)
+    _target(plot, comparison, label=words and zoom)
+    _limits(plot, shown, axis, left, right)
+    if zoom:
+        _name_ends(plot, shown, axis, colours)
+    seeds = max(len(m.runs) for m in shown)
+    each = f" (thick: mean, thin: each of {seeds} seeds)" if seeds > 1 and words and not zoom else ""
+    plot.set_title(f"{'last half' if zoom else 'whole run'}, by {axis.replace('flops', 'FLOPs')}{each}")
+    power = math.floor(math.log10(right)) if axis == "flops" and right > 0 else 0
+    if power:
+        plot.xaxis.set_major_formatter(lambda x, _: f"{x / 10**power:g}")
+    plot.set_xlabel(LABELS[axis] + (f" ($10^{{{power}}}$)" if power else ""))
+    if words:
+        plot.set_ylabel("validation log-perplexity\n(nats a token)")
+
+
 def _curve(plot, m: Method, axis: str, colour: str) -> None:
-    size = f" ({len(m.runs)} seeds: mean and each)" if len(m.runs) > 1 else ""
-    unfinished = "" if m.finished else ", unfinished"
-    plot.plot(m.curves[axis], m.curves["log_perplexity"], color=colour, marker=MARKERS[m.kind], **LINE,
-              ls="-" if m.finished else "--", label=m.name + unfinished + size, zorder=3)  # fmt: skip
+    x, y = m.curves[axis], m.curves["log_perplexity"]
+    label = m.name if m.finished else f"{m.name}, unfinished"
+    plot.plot(x, y, color=colour, ls="-" if m.finished else "--", label=label, zorder=3, **_line(m, len(x)))
     if len(m.runs) > 1:
         for run in m.runs:
             x, y = run.column(AXES[axis]), run.column("log_perplexity")
             plot.plot(x, y, color=colour, lw=0.7, alpha=0.45, zorder=2)
+
+
+def _line(m: Method, points: int) -> dict:
+    return {"lw": 1.7, "ms": 3.6, "marker": MARKERS[m.kind], "markevery": max(1, points // 25)}
 
 
 def _target(plot, comparison: Comparison, label: bool) -> None:
@@ -102,10 +127,11 @@ def _target(plot, comparison: Comparison, label: bool) -> None:
                       textcoords="offset points", va="top", color=COLOURS[BASELINE], fontsize=8)  # fmt: skip
 
 
-def _switch(plot, m: Method, axis: str, colour: str, label: bool) -> None:
+def _switch(plot, m: Method, axis: str, colour: str, left: float, label: bool) -> None:
+    """A dotted line where soft labels end."""
     step = m.runs[0].switch_step
-    at = None if step is None else stats.interpolate(step, m.curves["steps"], m.curves[axis])
-    if at is None:
+    at = None if step is None else m.runs[0].spent(axis, step)
+    if at is None or at < left:
         return
     plot.axvline(at, color=colour, lw=1.2, ls=":", zorder=1)
     if label:
@@ -113,23 +139,34 @@ def _switch(plot, m: Method, axis: str, colour: str, label: bool) -> None:
                       textcoords="offset points", va="top", color=colour, fontsize=8)  # fmt: skip
 
 
-def _limits(plot, comparison: Comparison, axis: str, zoom: bool) -> None:
-    """Leaves out the untrained model's loss; the zoom shows BASELINE's last half and the others there."""
-    students = [m for m in comparison.methods if m.kind != SMALL] or comparison.methods
-    shown = students if zoom else comparison.methods
-    right = max(m.curves[axis][-1] for m in shown)
-    left = (comparison.baseline or students[0]).curves[axis][-1] / 2 if zoom else 0.0
+def _limits(plot, shown: Sequence[Method], axis: str, left: float, right: float) -> None:
+    """From `left` to `right`, as high as the curves there, an untrained model's loss left out."""
     values = [
-        y for m in shown
-        for i, (x, y) in enumerate(zip(m.curves[axis], m.curves["log_perplexity"], strict=True))
-        if x >= left and (i > 0 or len(m.curves[axis]) == 1)
+        y for m in shown for run in m.runs
+        for step, x, y in zip(*map(run.column, ("step", AXES[axis], "log_perplexity")), strict=True)
+        if left <= x and step > 0
     ]  # fmt: skip
     if right > left:
-        plot.set_xlim(left, left + (right - left) * 1.02)
+        plot.set_xlim(left, left + (right - left) * (1.17 if left else 1.03))
     if values and max(values) > min(values):
         margin = 0.06 * (max(values) - min(values))
-        low, high = plot.get_ylim() if plot.get_autoscaley_on() is False else (min(values), max(values))
-        plot.set_ylim(min(low, min(values) - margin), max(high, max(values) + margin))
+        low, high = min(values) - margin, max(values) + margin
+        if not plot.get_autoscaley_on():  # the panel beside it, with the same y axis, has set its own limits
+            low, high = min(low, plot.get_ylim()[0]), max(high, plot.get_ylim()[1])
+        plot.set_ylim(low, high)
+
+
+def _name_ends(plot, shown: Sequence[Method], axis: str, colours: dict[str, str]) -> None:
+    """The methods' names at the ends of their curves, pushed apart where they would overlap."""
+    low, high = plot.get_ylim()
+    points_high, line = 170, 10  # the panel and a line of text, in points, roughly
+    bottom = -math.inf
+    for m in sorted(shown, key=lambda m: m.curves["log_perplexity"][-1]):
+        x, y = m.curves[axis][-1], m.curves["log_perplexity"][-1]
+        own = (y - low) / (high - low) * points_high
+        bottom = max(own, bottom + line)
+        plot.annotate(m.name[:14], (x, y), (5, bottom - own), textcoords="offset points", va="center",
+                      color=colours[m.name], fontsize=8, bbox={"fc": "white", "ec": "none", "pad": 0.6})  # fmt: skip
 
 
 def _buckets(comparison: Comparison):
@@ -148,8 +185,8 @@ def _buckets(comparison: Comparison):
             ours = zip(m.curves["steps"], m.curves["buckets"].get(name, []), strict=False)
             points = [(step, y - theirs[step]) for step, y in ours if step in theirs and step > 0]
             x, y = zip(*points, strict=True) if points else ((), ())
-            plot.plot(x, y, color=colours[m.name], marker=MARKERS[m.kind], label=m.name, **LINE)
-            _switch(plot, m, "steps", colours[m.name], label=False)
+            plot.plot(x, y, color=colours[m.name], label=m.name, **_line(m, len(x)))
+            _switch(plot, m, "steps", colours[m.name], 0.0, label=False)
         plot.set_title(f"{name} rows")
         plot.set_xlabel("steps")
     plots[0, 0].set_ylabel(f"log-perplexity minus {base.name}'s\n(nats a token; below 0 is better)")
@@ -168,7 +205,8 @@ def _cost(comparison: Comparison):
     for phase in dict.fromkeys([*PHASE_COLOURS, *(p for m in methods for p in m.seconds)]):
         seconds = [m.seconds[phase].mean if phase in m.seconds else 0.0 for m in methods]
         plot.barh([m.name for m in methods], seconds, left=left, height=0.62, edgecolor="white",
-                  linewidth=0.6, color=PHASE_COLOURS.get(phase, "#56B4E9"), label=phase)  # fmt: skip
+                  linewidth=0.6, color=PHASE_COLOURS.get(phase, "#56B4E9"),
+                  label=phase.replace("stage", "stage "))  # fmt: skip
         left = [a + b for a, b in zip(left, seconds, strict=True)]
     for i, total in enumerate(left):
         plot.annotate(f"{total:,.0f} s", (total, i), (4, 0), textcoords="offset points", va="center")

@@ -9,11 +9,12 @@ from typing import Any
 
 from slm_assist.config import flatten
 from slm_assist.errors import UserError
+from slm_assist.report.stats import interpolate
 
 REQUIRED_FACTS = ("vocabulary", "validation_rows", "objective", "parameters")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """What the files of one run say.
 
@@ -68,6 +69,13 @@ class Run:
             if (before["name"], after["name"]) == ("assisted", "plain"):
                 return before["stop"]
         return None
+
+    def spent(self, axis: str, step: int) -> float | None:
+        """Training `flops` or `seconds` (or `steps`) until `step`, linear between the training records."""
+        if axis == "steps":
+            return step
+        steps, costs = ([0.0, *(record[key] for record in self.train)] for key in ("step", axis))
+        return interpolate(step, steps, costs)
 
     def column(self, key: str) -> list[float]:
         """The values of the dotted `key` in the validation records.

@@ -24,14 +24,14 @@ class Table:
 
 
 def show(figure: Estimate | None, form: str = ".3f", scale: float = 1.0, missing: str = "not reached") -> str:
-    """`mean ±half-width`; where seeds lack a value, `missing` or how many have one."""
+    """`mean ±half-width` unless that is 0; where seeds lack a value, `missing` or how many have one."""
     if figure is None or not figure.values:
         return NONE
     if figure.mean is None:
         have = len(figure.values) - figure.values.count(None)
         return f"in {have} of {len(figure.values)}" if have else missing
     text = format(figure.mean * scale, form)
-    if figure.half_width is not None:
+    if figure.half_width:
         text += f" ±{format(figure.half_width * scale, form.replace('+', ''))}"
     return text
 
@@ -96,8 +96,8 @@ def crossing_caveat(comparison: Comparison) -> str:
         return text
     return (
         f"{text} {base.name}'s final quality comes after its learning rate has decayed; the others cross it "
-        "before theirs has. With a schedule that ends at the crossing they should be better there, "
-        "so the ratios are expected to be too high rather than too low; no run here measures by how much."
+        "before theirs has. With a schedule that ends at the crossing they should be better there, so the ratios "
+        "are expected to be too high rather than too low; no run here measures by how much."
     )
 
 

@@ -48,17 +48,21 @@ def _data(comparison: Comparison) -> str:
     unique = facts.get("train_tokens")
     text = [
         f"Data: {count(unique)} training tokens in {count(facts.get('train_rows_count'))} rows of "
-        f"{facts.get('row_length', '?')}."
+        f"{facts.get('seq_len', '?')}."
     ]
     for method in dict.fromkeys([student, *(m for m in comparison.methods if m.kind == SMALL)]):
         tokens, parameters = method.runs[0].tokens, method.runs[0].facts["parameters"]
-        ratio = f"{tokens / parameters:.2g}" if tokens else "?"
-        epochs = f", {tokens / unique:.2g} epochs" if tokens and unique else ""
+        ratio = _times(tokens / parameters) if tokens else "?"
+        epochs = f", {_times(tokens / unique)} epochs" if tokens and unique else ""
         text.append(
             f"{method.name} ({count(parameters)} parameters) saw {count(tokens)} tokens: {ratio} a "
             f"parameter{epochs}."
         )
     return " ".join(text)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
 def _noise(comparison: Comparison) -> str:
@@ -110,7 +114,7 @@ def _remarks(method: Method, comparison: Comparison) -> list[Line]:
 
 def _quality(method: Method, comparison: Comparison) -> Line:
     apart, limit, base = method.difference, comparison.noise["threshold"], comparison.baseline
-    spread = ""
+    spread = " (one seed)"
     if apart.half_width is not None:
         noise = abs(apart.mean) <= apart.half_width
         spread = f" (95 % interval ±{apart.half_width:.3f})"

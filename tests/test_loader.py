@@ -1,0 +1,159 @@
+"""Order and loader: every row once an epoch, and batches that depend on the step number alone."""
+
+import random
+import threading
+
+import numpy as np
+import pytest
+
+from slm_assist.data.loader import Loader, Prefetcher
+from slm_assist.data.order import Order, permute
+from slm_assist.data.rows import prepare
+from slm_assist.data.sources import open_source
+from slm_assist.errors import UserError
+
+T, B = 16, 8
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    words = ["model", "token", "layer", "train", "step", "small", "large", "row", "loss", "batch"]
+    text = "\n\n".join(" ".join(rng.choices(words, k=rng.randrange(5, 80))) for _ in range(800))
+    (path / "a.txt").write_text(text)
+    source = open_source(f"text:{path}/a.txt")
+    options = {"vocab_size": 330, "validation_fraction": 0.1, "progress": False}
+    return prepare(source, cache_dir=path / "cache", seq_len=T, **options).train
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+        assert a[name].dtype == b[name].dtype
+
+
+@pytest.mark.parametrize("n", [*range(1, 70), 255, 256, 257, 1000, 65_537, 100_003])
+def test_permutation_is_a_bijection(n):
+    for epoch in (0, 1, 10**9):
+        assert np.array_equal(np.sort(permute(np.arange(n), n, seed=3, epoch=epoch)), np.arange(n))
+
+
+def test_permutation_is_evaluated_anywhere_and_in_any_shape():
+    n = 50_000
+    whole = permute(np.arange(n), n, seed=-5, epoch=2)
+    at = np.random.default_rng(0).integers(0, n, (3, 40))
+    np.testing.assert_array_equal(permute(at, n, seed=-5, epoch=2), whole[at])
+    huge = 2**40 + 7
+    image = permute(np.arange(huge - 1000, huge), huge, seed=0)
+    assert image.min() >= 0 and image.max() < huge and len(set(image.tolist())) == 1000
+
+
+def test_permutations_differ_between_seeds_and_epochs_and_look_shuffled():
+    n = 4000
+    drawn = [permute(np.arange(n), n, seed, epoch) for seed in (0, 1, 2**40) for epoch in range(4)]
+    for i, a in enumerate(drawn):
+        assert abs(np.corrcoef(a, np.arange(n))[0, 1]) < 0.06  # 3.8 standard deviations
+        assert abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.06
+        for b in drawn[:i]:
+            assert (a == b).sum() < 10  # expected 1
+
+
+def test_small_permutations_are_all_drawn_about_equally():
+    orders = [tuple(permute(np.arange(4), 4, seed)) for seed in range(4800)]
+    counts = [orders.count(order) for order in set(orders)]
+    assert len(counts) == 24 and min(counts) > 130 and max(counts) < 270  # expected 200, deviation 14
+
+
+def test_order_is_stable_across_versions():
+    """A change here would change every run that is resumed."""
+    assert Order(10, seed=0).rows_at(np.arange(12)).tolist() == [8, 6, 7, 3, 5, 4, 9, 1, 2, 0, 0, 7]
+
+
+def test_order_visits_each_row_once_an_epoch_and_takes_lists():
+    order = Order(37, seed=1)
+    epochs = order.rows_at(np.arange(37 * 3)).reshape(3, 37)
+    assert all(sorted(epoch) == list(range(37)) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
+    chosen = [5, 900, 7, 2**40]
+    listed = Order(chosen, seed=1).rows_at(np.arange(8))
+    assert sorted(listed[:4].tolist()) == sorted(listed[4:].tolist()) == sorted(chosen)
+    assert listed.dtype == np.int64
+    np.testing.assert_array_equal(order.rows_at(np.array([80, 3, 40])), epochs.reshape(-1)[[80, 3, 40]])
+    with pytest.raises(ValueError, match="at least one row"):
+        Order([], seed=0)
+
+
+def test_batch_at_is_pure(rows):
+    loader = Loader(rows, Order(len(rows), seed=7), B)
+    steps = [0, 1, 2, 9, len(rows) // B, 10**7]  # across the end of an epoch, and far away
+    forwards = [loader.batch_at(n) for n in steps]
+    other = Loader(rows, Order(len(rows), seed=7), B)
+    for n, batch in zip(reversed(steps), reversed(forwards), strict=True):
+        same(other.batch_at(n), batch)
+    assert forwards[0]["row_ids"].dtype == np.int64
+    assert {k: (v.shape, v.dtype.name) for k, v in forwards[0].items()} == {
+        "tokens": ((B, T), "int32"),
+        "targets": ((B, T), "int32"),
+        "mask": ((B, T), "float32"),
+        "segment_ids": ((B, T), "int32"),
+        "positions": ((B, T), "int32"),
+        "domain": ((B,), "int32"),
+        "row_ids": ((B,), "int64"),
+    }
+    assert not np.array_equal(
+        Loader(rows, Order(len(rows), seed=8), B).batch_at(0)["row_ids"], forwards[0]["row_ids"]
+    )
+    np.testing.assert_array_equal(rows.get(forwards[3]["row_ids"])["tokens"], forwards[3]["tokens"])
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_slices_make_the_global_batch(rows, hosts):
+    order = Order(len(rows), seed=0)
+    whole = Loader(rows, order, B).batch_at(11)
+    parts = [Loader(rows, order, B, process_index=i, process_count=hosts).batch_at(11) for i in range(hosts)]
+    same({name: np.concatenate([part[name] for part in parts]) for name in whole}, whole)
+
+
+def test_hosts_that_do_not_divide_the_batch(rows):
+    with pytest.raises(UserError, match="a batch of 8 rows cannot be split over 3 hosts"):
+        Loader(rows, Order(len(rows), seed=0), B, process_count=3)
+
+
+def test_prefetcher_serves_the_same_batches_in_order(rows):
+    loader = Loader(rows, Order(len(rows), seed=0), B)
+    with Prefetcher(loader, start=5, depth=3) as batches:
+        for n in range(5, 30):
+            same(batches.batch_at(n), loader.batch_at(n))
+        with pytest.raises(ValueError, match="batch 3 asked for where 30 is next"):
+            batches.batch_at(3)
+
+
+class Failing:
+    """A loader whose batch 2 cannot be made."""
+
+    def __init__(self):
+        self.made = []
+
+    def batch_at(self, n):
+        self.made.append(n)
+        if n == 2:
+            raise OSError("the disk is gone")
+        return {"n": np.array(n)}
+
+
+def test_an_error_in_the_thread_reaches_the_caller_and_the_thread_ends():
+    before = threading.active_count()
+    with Prefetcher(Failing(), depth=4) as batches:
+        assert batches.batch_at(0)["n"] == 0 and batches.batch_at(1)["n"] == 1
+        with pytest.raises(OSError, match="the disk is gone"):
+            batches.batch_at(2)
+    assert threading.active_count() == before
+
+
+def test_prefetcher_makes_no_more_than_its_depth_ahead():
+    loader = Failing()
+    with Prefetcher(loader, start=3, depth=2) as batches:
+        batches.batch_at(3)
+    assert max(loader.made) <= 5
