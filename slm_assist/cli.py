@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return options.run(options, _overrides(rest))
+        return options.run(options, parse_overrides(rest))
     except UserError as error:
         print(f"slm-assist: error: {error}", file=sys.stderr)
         return 2
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _overrides(arguments: Sequence[str]) -> dict[str, str]:
+def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     """`--key=value` and `--key value` pairs that no parser took."""
     overrides: dict[str, str] = {}
     rest = list(arguments)

@@ -28,12 +28,12 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.model = ml_collections.ConfigDict()
     c.model.size = "laptop-large"  # a named size of slm_assist/models/sizes.py
-    c.model.num_layers = 0  # this and the next five: 0 keeps what the size says
-    c.model.d_model = 0
-    c.model.d_ff = 0
-    c.model.num_heads = 0
-    c.model.num_kv_heads = 0
-    c.model.head_dim = 0
+    c.model.num_layers = 0  # 0: as the size says; so with the next five
+    c.model.d_model = 0  # width of the residual stream
+    c.model.d_ff = 0  # width of the MLP
+    c.model.num_heads = 0  # query heads
+    c.model.num_kv_heads = 0  # key and value heads
+    c.model.head_dim = 0  # width of a head
     c.model.scan_layers = True  # one compiled layer, repeated; False unrolls: slower to compile, same numbers
 
     c.data = ml_collections.ConfigDict()
@@ -51,9 +51,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.optimizer = ml_collections.ConfigDict()
     c.optimizer.name = "adamw"  # adamw | adafactor
-    c.optimizer.peak_learning_rate = 2e-3
+    c.optimizer.peak_learning_rate = 2e-3  # at the end of the warm-up
     c.optimizer.schedule = "cosine"  # cosine | wsd (warmup, stable, decay) | constant
-    c.optimizer.warmup_steps = 50
+    c.optimizer.warmup_steps = 50  # updates of linear rise
     c.optimizer.final_fraction = 0.1  # learning rate at the last step, as a part of the peak
     c.optimizer.decay_fraction = 0.2  # wsd: the last part of the run, over which the learning rate decays
     c.optimizer.weight_decay = 0.1  # on matrices, not on norms
@@ -93,7 +93,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.checkpoint = ml_collections.ConfigDict()
     c.checkpoint.every = 200  # steps; 0: only at the end  [resume: checkpoint.*]
-    c.checkpoint.keep_last = 2
+    c.checkpoint.keep_last = 2  # how many of the newest stay
     c.checkpoint.keep = ()  # steps to save and keep for good, as 100,200
 
     c.log = ml_collections.ConfigDict()

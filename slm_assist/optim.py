@@ -97,10 +97,7 @@ def make_optimizer(
     for key, value in {"weight_decay": weight_decay, "clip_norm": clip_norm}.items():
         if value < 0:
             raise UserError(f"optimizer.{key}={value}: use 0 (none) or more")
-    if name == "adamw":
-        scale = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-    else:
-        scale = scale_by_adafactor(axes)
+    scale = scale_by_adafactor(axes) if name == "adafactor" else optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         scale,

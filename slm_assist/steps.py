@@ -137,7 +137,8 @@ def _gradients(
         return one(batch)
     # Every microbatch takes every M-th row, so that each device keeps the rows it has.
     split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), dict(batch))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], split)))
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], split))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def add(sums: tuple[Any, Loss], rows: Batch) -> tuple[tuple[Any, Loss], None]:
         return jax.tree.map(jnp.add, sums, one(rows)), None
@@ -153,7 +154,7 @@ def _update(state: TrainState, grads: Any, loss: Loss, student: Student) -> tupl
     metrics = {"loss": (loss.total, loss.weight), "tokens": (loss.weight, one)}
     metrics |= {NAMES.get(name, name): (total, loss.weight) for name, total in loss.parts.items()}
     metrics |= {
-        "grad_norm": (optax.global_norm(grads), one),
+        "grad_norm": (optax.tree.norm(grads), one),
         "learning_rate": (jnp.asarray(student.learning_rate(state.step), jnp.float32), one),
     }
     state = state._replace(

@@ -145,7 +145,7 @@ def test_cross_entropy_is_the_reference(tokens, per_token):
     check(result, gradient, expected, per_token=per_token)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_problems(seed):
     rng = np.random.default_rng(100 + seed)
     shape = {
@@ -293,7 +293,7 @@ def test_all_masked(per_token):
         loss = blocked.distillation(*args, weight=0.5, z_loss=1e-3, block_bytes=2048, per_token=per_token)
         return loss.mean + dense.cross_entropy(hidden @ head, targets, 0 * mask, per_token=per_token).mean
 
-    value, gradient = jax.value_and_grad(mean, (0, 1))(*student)
+    value, gradient = jax.jit(jax.value_and_grad(mean, (0, 1)))(*student)
     assert value == 0
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), gradient)
 

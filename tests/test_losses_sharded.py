@@ -1,5 +1,7 @@
 """Blocked losses on meshes of eight virtual devices, and what their jaxprs hold."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,12 +31,14 @@ def same(sharded, plain, tolerance=2e-5):
     jax.tree.map(lambda a, b: close(a, b, tolerance), sharded, plain)
 
 
+@functools.cache
+def unsharded(per_token):
+    return value_and_grad(lambda *a: distillation(*a, per_token=per_token), *arguments())
+
+
 def place(args, mesh):
     """As a train step would: rows over the batch axes, heads over `fsdp` and `tensor`."""
     rows, head = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
-    whole = sharding.replicated(mesh)
-    fits = args[4].shape[0] % sharding.batch_shards(mesh) == 0
-    rows = rows if fits else whole
     teacher_head = NamedSharding(mesh, PartitionSpec(None, "tensor"))
     return jax.device_put(args, (rows, head, rows, teacher_head, rows, rows, rows))
 
@@ -42,13 +46,12 @@ def place(args, mesh):
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8), (2, 1, 4), (4, 1, 1)])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_sharded_is_unsharded(shape, per_token):
-    args = arguments()
-    fn = lambda *a: distillation(*a, per_token=per_token)  # noqa: E731
-    plain = value_and_grad(fn, *args)
     mesh = sharding.make_mesh(*shape)
     with jax.set_mesh(mesh):
-        sharded = value_and_grad(fn, *place(args, mesh))
-    same(sharded, plain)
+        sharded = value_and_grad(
+            lambda *a: distillation(*a, per_token=per_token), *place(arguments(), mesh)
+        )
+    same(sharded, unsharded(per_token))
 
 
 @pytest.mark.parametrize("batch, vocab, shape", [(3, 64, (2, 2, 2)), (8, 50, (2, 1, 4)), (6, 50, (2, 4, 1))])

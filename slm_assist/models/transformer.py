@@ -82,30 +82,26 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD, context: Context):
         c = self.config
-        read, write = fan_in(1), fan_in(2, 1 / (2 * c.num_layers))
-        query = self.param("query", named(read, "embed", "heads", "head_dim"),
-                           (c.d_model, c.num_heads, c.head_dim))  # fmt: skip
-        key = self.param("key", named(read, "embed", "kv_heads", "head_dim"),
-                         (c.d_model, c.num_kv_heads, c.head_dim))  # fmt: skip
-        value = self.param("value", named(read, "embed", "kv_heads", "head_dim"),
-                           (c.d_model, c.num_kv_heads, c.head_dim))  # fmt: skip
-        out = self.param("out", named(write, "heads", "head_dim", "embed"),
-                         (c.num_heads, c.head_dim, c.d_model))  # fmt: skip
 
-        def heads(kernel_DxNxH, name):
+        def heads(name, dim, count):
+            kernel_DxNxH = self.param(
+                name, named(fan_in(1), "embed", dim, "head_dim"), (c.d_model, count, c.head_dim)
+            )
             x_BxTxNxH = project(x_BxTxD, kernel_DxNxH.astype(self.dtype))
-            return constrain(x_BxTxNxH, "batch", "length", name, "head_dim")
+            return constrain(x_BxTxNxH, "batch", "length", dim, "head_dim")
 
         mixed_BxTxNxH = attend(
-            rotate(heads(query, "heads"), context),
-            rotate(heads(key, "kv_heads"), context),
-            heads(value, "kv_heads"),
+            rotate(heads("query", "heads", c.num_heads), context),
+            rotate(heads("key", "kv_heads", c.num_kv_heads), context),
+            heads("value", "kv_heads", c.num_kv_heads),
             segment_ids=context.segment_ids,
             prefix_mask=context.prefix_mask,
             window=self.window,
         )
         mixed_BxTxNxH = constrain(mixed_BxTxNxH, "batch", "length", "heads", "head_dim")
-        return project(mixed_BxTxNxH, out.astype(self.dtype), inputs=2)
+        write = named(fan_in(2, 1 / (2 * c.num_layers)), "heads", "head_dim", "embed")
+        out_NxHxD = self.param("out", write, (c.num_heads, c.head_dim, c.d_model))
+        return project(mixed_BxTxNxH, out_NxHxD.astype(self.dtype), inputs=2)
 
 
 class Mlp(nn.Module):
@@ -124,8 +120,8 @@ class Mlp(nn.Module):
 
         activation = ACTIVATIONS[c.activation]
         hidden_BxTxF = activation(widen("gate")) * widen("up") if c.gated_mlp else activation(widen("up"))
-        write = fan_in(1, 1 / (2 * c.num_layers))
-        down_FxD = self.param("down", named(write, "mlp", "embed"), (c.d_ff, c.d_model))
+        write = named(fan_in(1, 1 / (2 * c.num_layers)), "mlp", "embed")
+        down_FxD = self.param("down", write, (c.d_ff, c.d_model))
         return project(hidden_BxTxF, down_FxD.astype(self.dtype))
 
 
@@ -181,11 +177,17 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, tokens_BxT, segment_ids, positions_BxT, prefix_mask, taps):
         c = self.config
-        logits_like = nn.initializers.truncated_normal(INITIAL_LOGITS * c.d_model**-0.5)
-        embedding_VxD = self.param("embedding", named(logits_like, "vocab", "embed"), (c.vocab_size, c.d_model))
-        if not c.tie_embeddings:
-            self.param("head", named(logits_like, "embed", "vocab"), (c.d_model, c.vocab_size))
-        x_BxTxD = embedding_VxD.astype(self.dtype)[tokens_BxT]
+        rows = nn.initializers.variance_scaling(
+            INITIAL_LOGITS**2, "fan_in", "truncated_normal", in_axis=1, out_axis=0
+        )
+        embedding_VxD = self.param("embedding", named(rows, "vocab", "embed"), (c.vocab_size, c.d_model))
+        if not c.tie_embeddings:  # `Transformer.head` reads it
+            columns = fan_in(1, INITIAL_LOGITS**2)
+            self.param("head", named(columns, "embed", "vocab"), (c.d_model, c.vocab_size))
+        # Whole rows on every device before the look-up: else XLA replicates what was looked up.
+        table_VxD = constrain(embedding_VxD.astype(self.dtype), "vocab", "act_embed")
+        # A token outside the vocabulary gives NaN, which stops a run; clamping would hide it.
+        x_BxTxD = jnp.take(table_VxD, tokens_BxT, axis=0, mode="fill")
         if c.embed_scale:
             x_BxTxD *= jnp.asarray(c.d_model**0.5, self.dtype)
         x_BxTxD = constrain(x_BxTxD, "batch", "length", "act_embed")
@@ -230,9 +232,17 @@ def named(init, *names: str):
 
 def fan_in(inputs: int, variance: float = 1.0):
     """Truncated normal of variance `variance / fan_in`; the first `inputs` dimensions are the inputs."""
-    return nn.initializers.variance_scaling(
-        variance, "fan_in", "truncated_normal", in_axis=tuple(range(inputs)), out_axis=-1
-    )
+
+    def init(key, shape, dtype=jnp.float32):
+        return nn.initializers.variance_scaling(
+            variance,
+            "fan_in",
+            "truncated_normal",
+            in_axis=tuple(range(inputs)),
+            out_axis=tuple(range(inputs, len(shape))),
+        )(key, shape, dtype)
+
+    return init
 
 
 def rematerialised(module: type[nn.Module], remat: str, *, in_scan: bool) -> type[nn.Module]:

@@ -1,0 +1,98 @@
+"""What is a small LM worth? Trains one, then a larger LM three ways, and writes it all on one page.
+
+    python experiments/quickstart.py                                  # the Python sources you have: no download
+    python experiments/quickstart.py --data 'text:books/*.txt'        # your own text
+    python experiments/quickstart.py --data 'jsonl:pile/*.jsonl.zst' --domain_field meta.pile_set_name
+    python experiments/quickstart.py --seeds 3                        # intervals; three times as long
+
+Four runs, each resumable (the same command again goes on): the small LM, BASELINE (no help), RKD (soft labels
+for the whole run), SALT (soft labels at first, then none). All see the same rows in the same order. The page
+is OUT/report.html.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from slm_assist import cli, config, report
+from slm_assist.data.sources import open_source
+from slm_assist.errors import UserError
+from slm_assist.run_dir import RunDir
+from slm_assist.train import Stopped, train
+
+HERE = Path(__file__).parent
+METHODS = ("small_lm", "baseline", "rkd", "salt")
+STEPS = 400
+SMALL_TEXT = 40e6  # bytes of text below which more than 1 % is held out, so that validation is not all noise
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options, rest = _parser().parse_known_args(arguments)
+    began = time.perf_counter()
+    try:
+        shared = _shared_overrides(options) | cli.parse_overrides(rest)
+        runs = [
+            run_method(method, seed, Path(options.out), shared) for seed in range(options.seeds) for method in METHODS
+        ]
+        report.run_report([str(run) for run in runs], options.out)
+    except UserError as error:
+        print(f"quickstart: error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stop:
+        print(f"quickstart: {stop}", file=sys.stderr)
+        return 128 + stop.signal
+    print(f"done in {(time.perf_counter() - began) / 60:.1f} minutes")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="python:", help="python: | text:GLOB | jsonl:GLOB")
+    parser.add_argument("--domain_field", default="", help="jsonl: dotted field with the domain")
+    parser.add_argument("--out", default="runs/quickstart", help="directory of the runs and the report")
+    parser.add_argument("--scale", type=float, default=1.0, help="times as many steps")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each method; 3 give intervals")
+    parser.epilog = "Any key of slm_assist/config.py is set for all runs with --key=value."
+    return parser
+
+
+def _shared_overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """What all four runs have in common."""
+    if options.scale <= 0 or options.seeds < 1:
+        raise UserError("--scale must be above 0 and --seeds at least 1")
+    steps = max(20, round(STEPS * options.scale))
+    return {
+        "steps": steps,
+        "optimizer.warmup_steps": steps // 10,
+        "data.source": options.data,
+        "data.domain_field": options.domain_field,
+        "data.validation_fraction": _validation_fraction(options.data),
+        "validation.every": max(1, steps // 16),
+        "checkpoint.every": max(1, steps // 4),
+        "mesh.data": 1,
+    }
+
+
+def _validation_fraction(source: str) -> float:
+    """1 % of much text, up to 10 % of little."""
+    return min(0.1, max(0.01, 0.01 * SMALL_TEXT / max(open_source(source).total_bytes, 1)))
+
+
+def run_method(method: str, seed: int, out: Path, shared: dict[str, Any]) -> RunDir:
+    """Trains one method with one seed, or goes on with it; a seed has a small LM of its own."""
+    directory = out / f"seed-{seed}"
+    overrides = shared | {"seed": seed, "data.order_seed": seed}
+    if method == "small_lm":
+        overrides["checkpoint.keep"] = (round(0.12 * shared["steps"]),)
+    else:
+        overrides["validation.buckets"] = str(directory / "small_lm")
+    if method in ("rkd", "salt"):
+        overrides["assist.teacher"] = str(directory / "small_lm")
+    resolved, _ = config.resolve(str(HERE / f"{method}.py"), overrides)
+    return train(resolved, str(directory / method))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
