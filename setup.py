@@ -22,7 +22,7 @@ EXTRAS = {
     "gpu": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
     # scipy is here for `python:`, the embedded corpus, which reads its sources (jax brings it anyway)
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "nbformat>=5.10", "scipy>=1.13"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "scipy>=1.13"],
 }
 EXTRAS["all"] = EXTRAS["test"]
 

@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.num_heads = 0  # query heads
     c.model.num_kv_heads = 0  # key and value heads
     c.model.head_dim = 0  # width of a head
-    c.model.scan_layers = True  # one compiled layer, repeated; False unrolls: slower to compile, same numbers
+    c.model.scan_layers = "auto"  # true: one compiled layer, repeated | false: unrolled | auto: as the size says
 
     c.data = ml_collections.ConfigDict()
     c.data.source = "python:"  # python: | text:GLOB[,GLOB] | jsonl:GLOB[,GLOB] (also .gz .xz .zst)
@@ -227,6 +227,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     one_of("optimizer.name", config.optimizer.name, ("adamw", "adafactor"))
     one_of("optimizer.schedule", config.optimizer.schedule, ("cosine", "wsd", "constant"))
     one_of("assist.schedule", config.assist.schedule, ("none", "constant", "step", "linear"))
+    one_of("model.scan_layers", config.model.scan_layers, ("auto", "true", "false"))
     one_of("compute.dtype", config.compute.dtype, ("auto", "float32", "bfloat16"))
     one_of("compute.remat", config.compute.remat, ("none", "dots", "full"))
     if config.optimizer.warmup_steps >= config.steps:

@@ -131,8 +131,10 @@ def find_vocabulary(config: ml_collections.ConfigDict, run: RunDir | None) -> Vo
 
 def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelConfig:
     """The named size with the config's changes, for a vocabulary of `vocab_size`."""
-    given = {name: value for name, value in config.model.items() if name not in ("size", "scan_layers") and value}
-    return named(config.model.size, vocab_size, scan_layers=config.model.scan_layers, **given)
+    given = {name: value for name, value in config.model.items() if isinstance(value, int) and value}
+    if config.model.scan_layers != "auto":
+        given["scan_layers"] = config.model.scan_layers == "true"
+    return named(config.model.size, vocab_size, **given)
 
 
 def compute_dtype(name: str, device: jax.Device) -> jnp.dtype:

@@ -161,42 +161,35 @@ def scale_by_adafactor(
       min_scale: updates are multiplied by the RMS of the layer's parameter, at least this.
     """
 
-
     def init(params):
-        def zeros(names, param, reduced):
-            shape = [1 if dim in reduced(names, param.shape) else n for dim, n in enumerate(param.shape)]
-            return jnp.zeros(shape, jnp.float32)
+        def zeros(names, param, side):
+            reduced = _sides(names, param.shape, min_factored)[side]
+            return jnp.zeros([1 if dim in reduced else n for dim, n in enumerate(param.shape)], jnp.float32)
 
-        row = functools.partial(zeros, reduced=lambda *of: _sides(*of, min_factored)[1])
-        column = functools.partial(zeros, reduced=lambda *of: _sides(*of, min_factored)[0])
-        return AdafactorState(
-            jnp.zeros((), jnp.int32), _map_named(row, axes, params), _map_named(column, axes, params)
-        )
+        row, column = (_map_named(functools.partial(zeros, side=side), axes, params) for side in (1, 0))
+        return AdafactorState(jnp.zeros((), jnp.int32), row, column)
 
     def update(grads, state, params):
         count = optax.safe_increment(state.count)
         decay = 1 - count.astype(jnp.float32) ** -decay_power
 
-        def moments(names, grad, row, column):
-            embed, others = _sides(names, grad.shape, min_factored)
+        def moment(names, grad, old, side):
+            reduced = _sides(names, grad.shape, min_factored)[side]
             square = jnp.square(grad.astype(jnp.float32)) + eps
-            row = decay * row + (1 - decay) * jnp.mean(square, axis=others, keepdims=True)
-            column = decay * column + (1 - decay) * jnp.mean(square, axis=embed, keepdims=True)
-            return row, column
+            return decay * old + (1 - decay) * jnp.mean(square, axis=reduced, keepdims=True)
 
         def scaled(names, grad, row, column, param):
             embed, others = _sides(names, grad.shape, min_factored)
-            layer = tuple(dim for dim, name in enumerate(names) if name != "layers")
+            factor = jax.lax.rsqrt(row)
             if others:
-                factor = jax.lax.rsqrt(row / jnp.mean(row, axis=embed, keepdims=True)) * jax.lax.rsqrt(column)
-            else:
-                factor = jax.lax.rsqrt(row)
+                mean = jnp.mean(row, axis=embed, keepdims=True)
+                factor = jax.lax.rsqrt(row / mean) * jax.lax.rsqrt(column)
             step = grad.astype(jnp.float32) * factor
-            step /= jnp.maximum(_rms(step, layer) / clip_rms, 1)
-            return step * jnp.maximum(_rms(param.astype(jnp.float32), layer), min_scale)
+            step /= jnp.maximum(_layer_rms(names, step) / clip_rms, 1)
+            return step * jnp.maximum(_layer_rms(names, param), min_scale)
 
-        pairs = _map_named(moments, axes, grads, state.row, state.column)
-        row, column = (jax.tree.map(lambda _, pair, at=at: pair[at], grads, pairs) for at in (0, 1))
+        row = _map_named(functools.partial(moment, side=1), axes, grads, state.row)
+        column = _map_named(functools.partial(moment, side=0), axes, grads, state.column)
         return _map_named(scaled, axes, grads, row, column, params), AdafactorState(count, row, column)
 
     return optax.GradientTransformation(init, update)
@@ -212,8 +205,10 @@ def _sides(names, shape, min_factored) -> tuple[tuple[int, ...], tuple[int, ...]
     return tuple(sorted(embed + others)), ()
 
 
-def _rms(x: jax.Array, dims: tuple[int, ...]) -> jax.Array:
-    return jnp.sqrt(jnp.mean(jnp.square(x), axis=dims, keepdims=True))
+def _layer_rms(names, x) -> jax.Array:
+    """Root mean square of each layer of a stack, or of all of `x`, with the dimensions kept."""
+    dims = tuple(dim for dim, name in enumerate(names) if name != "layers")
+    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=dims, keepdims=True))
 
 
 def _map_named(function, axes, *trees):

@@ -387,27 +387,6 @@ def test_weight_may_be_traced():
         close(gradient[1], expected.dhead, GRADIENT_TOLERANCE)
 
 
-def test_microbatches_in_a_scan_add_up_to_the_batch():
-    student, teacher, targets, mask = problem(18, batch=4)
-    expected = reference.loss(*student, targets, mask, teacher, weight=0.4)
-
-    @jax.jit
-    def accumulate(hidden, head, teacher_hidden, targets, mask):
-        def step(sums, rows):
-            h, th, y, m = rows
-            fn = lambda p: blocked.distillation(h, p, th, teacher[1], y, m, weight=0.4, block_bytes=2048)  # noqa: E731
-            loss, grad = jax.value_and_grad(lambda p: (fn(p).total, fn(p)), has_aux=True)(head)
-            return jax.tree.map(jnp.add, sums, (loss[1].total, loss[1].weight, grad)), None
-
-        rows = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), (hidden, teacher_hidden, targets, mask))
-        return jax.lax.scan(step, (0.0, 0.0, jnp.zeros_like(head)), rows)[0]
-
-    total, weight, dhead = accumulate(*student, teacher[0], targets, mask)
-    close(total, expected.total.sum(), VALUE_TOLERANCE)
-    assert weight == mask.sum()
-    close(dhead, expected.dhead, GRADIENT_TOLERANCE)
-
-
 def test_misfits_are_named():
     student, teacher, targets, mask = problem(0)
     with pytest.raises(UserError, match="teacher_head"):

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import losses_reference as reference
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -61,6 +62,27 @@ def test_what_does_not_divide_stays_whole(batch, vocab, shape):
     with jax.set_mesh(sharding.make_mesh(*shape)):
         sharded = value_and_grad(distillation, *args)
     same(sharded, plain)
+
+
+def test_microbatches_in_a_scan_add_up_to_the_batch():
+    student, teacher, targets, mask = problem(18, batch=4)
+    expected = reference.loss(*student, targets, mask, teacher, weight=0.4)
+
+    @jax.jit
+    def accumulate(hidden, head, teacher_hidden, targets, mask):
+        def step(sums, rows):
+            h, th, y, m = rows
+            fn = lambda p: blocked.distillation(h, p, th, teacher[1], y, m, weight=0.4, block_bytes=2048)  # noqa: E731
+            loss, grad = jax.value_and_grad(lambda p: (fn(p).total, fn(p)), has_aux=True)(head)
+            return jax.tree.map(jnp.add, sums, (loss[1].total, loss[1].weight, grad)), None
+
+        rows = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), (hidden, teacher_hidden, targets, mask))
+        return jax.lax.scan(step, (0.0, 0.0, jnp.zeros_like(head)), rows)[0]
+
+    total, weight, dhead = accumulate(*student, teacher[0], targets, mask)
+    close(total, expected.total.sum(), 2e-5)
+    assert weight == mask.sum()
+    close(dhead, expected.dhead, 2e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])

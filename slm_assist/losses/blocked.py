@@ -294,8 +294,8 @@ def _run(plan: _Plan, student: _Model, frozen: _Frozen, scale_BxT: jax.Array | N
 def _run_mesh(plan: _Plan, student: _Model, frozen: _Frozen, scale_BxT: jax.Array | None):
     """`_run` on the ambient mesh, or on one device."""
     teacher = frozen.teacher
-    teacher_hidden = None if teacher is None else teacher.hidden
-    tokens = _Tokens(student.hidden, frozen.target, frozen.mask != 0, teacher_hidden, frozen.weight, scale_BxT)
+    keep, teacher_hidden = frozen.mask != 0, None if teacher is None else teacher.hidden
+    tokens = _Tokens(student.hidden, frozen.target, keep, teacher_hidden, frozen.weight, scale_BxT)
     # Cast before the shards gather their heads: half the traffic in bfloat16.
     heads = [model.head.astype(model.hidden.dtype) for model in (student, teacher) if model is not None]
     run = partial(_run_shard, plan)
@@ -394,6 +394,4 @@ def _logits(hidden_NxD: jax.Array, head_DxV: jax.Array, form: _LogitForm) -> jax
 
 
 def _info(student: Distribution, teacher: Distribution) -> TokenInfo:
-    return TokenInfo(
-        *(f for d in (student, teacher) for f in (d.loss, d.entropy, d.top_probability, d.rank))
-    )
+    return TokenInfo(*(f for d in (student, teacher) for f in (d.loss, d.entropy, d.top_probability, d.rank)))

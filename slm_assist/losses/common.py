@@ -74,7 +74,7 @@ Weight = float | jax.Array | Callable[[TokenInfo], jax.Array]
 
 
 def collect(total: jax.Array, parts: dict[str, Any], mask: jax.Array, per_token: bool) -> Loss:
-    """A `Loss` from terms of each token [B, T]; those at masked positions may be anything but NaN's gradient.
+    """A `Loss` from terms of each token, [B, T]; those at masked positions do not count.
 
     Args:
       mask: [B, T], bool or float.

@@ -1,0 +1,122 @@
+"""What the README and the colabs show, runs."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from slm_assist import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines() if line]
+
+# The README's commands, on less data and for fewer steps.
+SMALL = {key: value for key, value in tiny.overrides(Path("unused")).items() if not key.startswith("data.source")}
+SMALL |= {"steps": 4, "data.cache_dir": "cache", "data.vocab_size": 300, "validation.every": 2, "data.domain_field": ""}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A directory in which the README's files and runs exist."""
+    directory = tmp_path_factory.mktemp("readme")
+    (directory / "experiments").symlink_to(ROOT / "experiments")
+    corpus = Path(tiny.corpus(directory / "pile").removeprefix("jsonl:"))
+    import zstandard
+
+    (directory / "pile" / "00.jsonl.zst").write_bytes(zstandard.compress(corpus.read_bytes()))
+    corpus.unlink()
+    (directory / "books").mkdir()
+    for name in ("statistics", "textwrap"):
+        source = Path(os.__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+        (directory / "books" / f"{name}.txt").write_text(source, encoding="utf-8")
+    return directory
+
+
+def in_workplace(workplace: Path, monkeypatch) -> None:
+    monkeypatch.chdir(workplace)
+
+
+def small_options() -> list[str]:
+    return [f"--{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in SMALL.items()]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("slm-assist")])
+def test_readme_command(workplace, monkeypatch, command):
+    in_workplace(workplace, monkeypatch)
+    words = shlex.split(command)[1:]
+    assert cli.main(words + (small_options() if words[0] == "train" else [])) == 0
+
+
+def test_readme_quickstart_commands(workplace, monkeypatch):
+    in_workplace(workplace, monkeypatch)
+    sys.path.insert(0, str(ROOT / "experiments"))
+    import quickstart
+
+    commands = [c for c in COMMANDS if "quickstart" in c]
+    assert commands[0] == "make quickstart"
+    for number, command in enumerate(commands[1:]):
+        words = shlex.split(command)
+        arguments = shlex.split(words[2].removeprefix("ARGS=")) if words[0] == "make" else words[2:]
+        options = [option for option in small_options() if "steps" not in option and "domain_field" not in option]
+        shape = [option for option in options if not option.startswith(("--mesh", "--data.validation_fraction"))]
+        out = [] if any(word.startswith("--out") for word in arguments) else ["--out", f"runs/quickstart-{number}"]
+        assert quickstart.main([*arguments, *out, "--scale", "0.01", *shape]) == 0
+        report = Path(out[1] if out else arguments[arguments.index("--out") + 1])
+        assert (report / "report.html").is_file() and (report / "results.json").is_file()
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_readme_python(workplace, monkeypatch, code):
+    in_workplace(workplace, monkeypatch)
+    if "runs/salt" in code and not Path("runs/salt").exists():
+        pytest.skip("needs the runs of the README's commands, in another worker")
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_own_loop_is_under_20_lines():
+    loop = next(code for code in PYTHON if "train_step" in code)
+    needed = loop[loop.index("salt, optimizer") : loop.index("tokens = jax.random")]
+    assert len([line for line in needed.splitlines() if line.strip()]) < 20
+
+
+def test_readme_names_every_metric(workplace):
+    """Each name in a run's metrics.jsonl stands in the README's table."""
+    table = set(re.findall(r"`([a-z_]+)(?:\.\*)?`", README[README.index("### Metrics") : README.index("The buckets")]))
+    tiny.run(workplace, "metrics/small", steps=3)
+    run = tiny.run(
+        workplace, "metrics/salt", steps=3, assist__schedule="step", assist__steps=1, assist__teacher=str(
+            workplace / "metrics" / "small"), validation__buckets=str(workplace / "metrics" / "small"),
+    )  # fmt: skip
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert {key for line in lines for key in line} - {"kind", "step", "stage"} <= table
+
+
+def test_no_link_in_the_readme_is_broken():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_colab_runs_from_top_to_bottom(tmp_path):
+    notebook = json.loads((ROOT / "colabs" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    shape = {k: v for k, v in SMALL.items() if k not in ("model.size", "data.domain_field", "data.cache_dir")}
+    shape |= {"data.cache_dir": str(tmp_path / "cache"), "data.source": tiny.corpus(tmp_path / "corpus")}
+    stub = "import sys, types\nsys.modules['IPython'] = types.ModuleType('IPython')\nd = types.ModuleType('d')\n"
+    stub += "d.Image = lambda path: open(path, 'rb').read()\nd.display = len\nsys.modules['IPython.display'] = d\n"
+    program = stub + "\n".join(
+        "".join(cell["source"]).replace("EXTRA = {}", f"EXTRA = {shape!r}") for cell in cells
+    )
+    (tmp_path / "colab.py").write_text(program)
+    subprocess.run([sys.executable, "colab.py"], cwd=tmp_path, check=True, timeout=300,
+                   env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert (tmp_path / "runs" / "colab" / "report" / "report.html").is_file()
