@@ -173,7 +173,7 @@ def make_student(config: ml_collections.ConfigDict, model: Transformer) -> Stude
         optimizer=optimizer,
         learning_rate=learning_rate,
         z_loss=config.loss.z_loss,
-        block_bytes=config.loss.block_bytes,
+        block_bytes=config.loss.block_bytes or None,
         microbatches=config.microbatches,
     )
 

@@ -20,7 +20,7 @@ import optax
 from slm_assist.assist import labels
 from slm_assist.assist.labels import Batch
 from slm_assist.assist.schedule import AssistSchedule
-from slm_assist.losses import Loss, blocked
+from slm_assist.losses import Loss
 from slm_assist.metrics import Pairs
 from slm_assist.models import Transformer
 from slm_assist.state import TrainState
@@ -34,7 +34,7 @@ class Student:
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[jax.Array], jax.Array]
     z_loss: float = 0.0
-    block_bytes: int = blocked.BLOCK_BYTES
+    block_bytes: int | None = None
     microbatches: int = 1
 
 
@@ -104,7 +104,7 @@ def assisted_step(
     return state, metrics | {"assist_weight": (weight, jnp.float32(1))}
 
 
-def eval_step(params: Any, batch: Batch, *, model: Transformer, block_bytes: int) -> dict[str, jax.Array]:
+def eval_step(params: Any, batch: Batch, *, model: Transformer, block_bytes: int | None = None) -> dict[str, jax.Array]:
     """Sums over the tokens of each row, [B] float32: `cross_entropy` (nats), `correct` and `tokens`."""
     loss = labels.next_token_loss(model, params, batch, block_bytes=block_bytes, per_token=True)
     per_row = {"cross_entropy": loss.parts["cross_entropy"], "correct": loss.parts["correct"], "tokens": loss.weight}
