@@ -74,6 +74,7 @@ class Checkpoints:
         try:
             call()
         except Exception as error:
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats the same for every array
             text = str(error)
             full = "No space left" in text or "RESOURCE_EXHAUSTED" in text or "File too large" in text
             last = max(whole_steps(self.directory), default=None)

@@ -112,7 +112,7 @@ def is_names(x: Any) -> bool:
 
 
 def is_matrix(names: sharding.Axes) -> bool:
-    """Whether dimensions called `names` are, per layer, a matrix: "embed" on one side, all others on the other.
+    """Whether dimensions called `names` are a matrix in each layer: "embed" on one side, the rest on the other.
 
     So [embed, heads, head_dim] is the matrix embed x (heads * head_dim) that multiplies a hidden state.
     """
@@ -196,7 +196,7 @@ def scale_by_adafactor(
 
 
 def _sides(names, shape, min_factored) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The dimensions on the two sides of a factored matrix; where there is no such, (all of a layer's, ())."""
+    """The dimensions on the two sides of a factored matrix; if it is not factored, (all of a layer's, ())."""
     embed = tuple(dim for dim, name in enumerate(names) if name == "embed")
     others = tuple(dim for dim, name in enumerate(names) if name not in ("embed", "layers"))
     smaller = min(math.prod(shape[dim] for dim in side) for side in (embed, others))

@@ -24,6 +24,7 @@ from slm_assist.assist import helpers as helpers_lib
 from slm_assist.checkpoint import Checkpoints, whole_steps
 from slm_assist.data.loader import Loader, Prefetcher
 from slm_assist.data.order import Order
+from slm_assist.errors import UserError
 from slm_assist.experiment import Experiment, Say
 from slm_assist.log import Clock, Log
 from slm_assist.run_dir import RunDir
@@ -58,8 +59,13 @@ def train(config: ml_collections.ConfigDict, run_dir: str, *, fresh: bool = Fals
             say(f"{run}: finished before; nothing to do (--fresh starts over beside it)")
             return run
         experiment = experiment_lib.build(config, run, say)
-        with jax.set_mesh(experiment.mesh):
-            _run(experiment, run, say)
+        try:
+            with jax.set_mesh(experiment.mesh):
+                _run(experiment, run, say)
+        except OSError as error:
+            raise UserError(
+                f"{run}: {error.strerror or error}; what is saved is kept: mend that, and the same command goes on"
+            ) from error
     return run
 
 

@@ -1,8 +1,9 @@
 """Named model shapes: pairs of a small LM and the larger one that it helps.
 
 The paper's shapes give its parameter counts (1.49B, 2.82B, 8.46B with 262144 tokens) when the MLP's width is
-read as `d_ff` columns in each of three matrices, gate, up and down; two fused halves would give 0.94B, 1.67B
-and 5.4B less embeddings. Of each other pair the small one needs 0.3 to 0.4 of the large one's FLOPs a token.
+read as `d_ff` columns in each of three matrices, gate, up and down; with gate and up sharing that width they
+would be 0.94B, 1.67B and 4.84B. Of each other pair the small one needs 0.3 to 0.4 of the large one's FLOPs a
+token, head included.
 """
 
 from typing import Any

@@ -336,7 +336,11 @@ class Transformer:
     def logical_axes(self) -> Params:
         """A tree like the parameters with the tuple of dimension names of each (`sharding.RULES`)."""
         boxed = jax.eval_shape(self._boxed, jax.random.key(0))
-        return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+
+        def is_box(x):
+            return isinstance(x, nn.meta.AxisMetadata)
+
+        return jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
 
     def num_params(self) -> int:
         return sum(x.size for x in jax.tree.leaves(self.shapes()))
