@@ -112,7 +112,7 @@ def is_names(x: Any) -> bool:
 
 
 def is_matrix(names: sharding.Axes) -> bool:
-    """Whether dimensions called `names` are a matrix in each layer: "embed" on one side, the rest on the other.
+    """Whether `names` are those of a matrix in each layer: "embed" on one side, the rest on the other.
 
     So [embed, heads, head_dim] is the matrix embed x (heads * head_dim) that multiplies a hidden state.
     """

@@ -29,7 +29,7 @@ class ModelConfig:
       norm_eps: added to the mean square in RMSNorm.
       logit_softcap: c in `c * tanh(logits / c)`, applied by the losses; 0 for none.
       logit_scale: factor on the logits before the cap, applied by the losses.
-      embed_scale: multiply the embeddings by sqrt(d_model), so that they weigh as much as what the layers add.
+      embed_scale: multiply the embeddings by sqrt(d_model), so that beside what the layers add they count.
       pattern: layer kinds, repeated over the depth: "global" sees the whole segment, "local" a window.
       window: a "local" layer sees the tokens at a distance below `window`; 0 where there is no such layer.
       scan_layers: stack the parameters of equal layers and scan over them (compile time does not grow with
