@@ -1,6 +1,6 @@
 """BASELINE: the large LM by itself; w = 0 throughout.
 
-    slm-assist train experiments/baseline.py --run_dir=runs/baseline
+slm-assist train experiments/baseline.py --run_dir=runs/baseline
 """
 
 OVERRIDES = {

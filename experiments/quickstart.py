@@ -24,7 +24,7 @@ from slm_assist.train import Stopped, train
 
 HERE = Path(__file__).parent
 METHODS = ("small_lm", "baseline", "rkd", "salt")
-STEPS = 400
+STEPS = 300
 SMALL_TEXT = 40e6  # bytes of text below which more than 1 % is held out, so that validation is not all noise
 
 
@@ -69,7 +69,9 @@ def _shared_overrides(options: argparse.Namespace) -> dict[str, Any]:
         "data.source": options.data,
         "data.domain_field": options.domain_field,
         "data.validation_fraction": _validation_fraction(options.data),
-        "validation.every": max(1, steps // 16),
+        "optimizer.peak_learning_rate": 8e-3,
+        "validation.every": max(1, steps // 12),
+        "validation.rows": 160,
         "checkpoint.every": max(1, steps // 4),
         "mesh.data": 1,
     }

@@ -104,9 +104,7 @@ class Checkpoints:
         )
         return state, restored.meta
 
-    def restore_newest(
-        self, like: TrainState, say: Callable[[str], None]
-    ) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore_newest(self, like: TrainState, say: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that can be restored; those that cannot are named and removed."""
         steps = self.steps()
         broken: dict[int, Exception] = {}

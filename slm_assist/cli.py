@@ -1,8 +1,8 @@
 """`slm-assist COMMAND ...`: the command line.
 
-    slm-assist train experiments/salt.py --run_dir=runs/salt --assist.teacher=runs/small_lm
-    slm-assist prepare --data.source='jsonl:pile/*.jsonl.zst' --data.domain_field=meta.pile_set_name
-    slm-assist report runs/baseline runs/salt --out=report
+slm-assist train experiments/salt.py --run_dir=runs/salt --assist.teacher=runs/small_lm
+slm-assist prepare --data.source='jsonl:pile/*.jsonl.zst' --data.domain_field=meta.pile_set_name
+slm-assist report runs/baseline runs/salt --out=report
 """
 
 import argparse

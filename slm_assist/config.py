@@ -232,8 +232,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     one_of("compute.remat", config.compute.remat, ("none", "dots", "full"))
     if config.optimizer.warmup_steps >= config.steps:
         raise UserError(
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps} leaves nothing of steps={config.steps}; "
-            "lower it"
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} leaves nothing of steps={config.steps}; lower it"
         )
     _check_fractions(config)
     if any(step > config.steps for step in config.checkpoint.keep):

@@ -179,4 +179,3 @@ class Log:
                 {"name": stage.name, "start": stage.start, "stop": stage.stop} for stage in self._experiment.stages
             ],
         }
-

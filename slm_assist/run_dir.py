@@ -1,12 +1,13 @@
 """The names of the files in a run's directory, its lock, and reading it as somebody else's helper.
 
-    config.json    {"config": every key, "facts": what was found out: fingerprints, counts, hardware, helpers}
-    model.json     the model's shape
-    tokenizer/     the vocabulary
-    checkpoints/N/ parameters, optimizer, assist state and meta after N updates
-    metrics.jsonl  one line an update or a validation
-    summary.json   what the run cost; there once it is finished
-    tensorboard/   events
+config.json    {"config": every key, "facts": what was found out: fingerprints, counts, hardware, helpers}
+model.json     the model's shape
+tokenizer/     the vocabulary
+checkpoints/N/ parameters, optimizer, assist state and meta after N updates
+metrics.jsonl  one line an update or a validation
+validation_rows.json  sums of each validation row at the last validation
+summary.json   what the run cost; there once it is finished
+tensorboard/   events
 """
 
 import contextlib
@@ -31,6 +32,7 @@ class RunDir:
         self.tokenizer = self.path / "tokenizer"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.validation_rows = self.path / "validation_rows.json"
         self.summary = self.path / "summary.json"
         self.tensorboard = self.path / "tensorboard"
 
@@ -102,6 +104,8 @@ class RunDir:
         try:
             yield
         finally:
+            with contextlib.suppress(OSError):
+                self.checkpoints.rmdir()  # if nothing is in it
             if os.listdir(self.path) == ["LOCK"]:
                 file.unlink()
                 self.path.rmdir()

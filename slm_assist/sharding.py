@@ -67,9 +67,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
             raise UserError(f"mesh {asked}: {fixed} does not divide the {len(devices)} devices; change a size")
         sizes[wild[0]] = len(devices) // fixed
     count = math.prod(sizes.values())
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count]
-    )
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count])
 
 
 def ambient_mesh() -> AbstractMesh | None:

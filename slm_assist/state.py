@@ -22,9 +22,7 @@ class TrainState(NamedTuple):
     assist: dict[str, jax.Array]
 
 
-def init(
-    model: Transformer, optimizer: optax.GradientTransformation, seed: int, stage1_steps: int
-) -> TrainState:
+def init(model: Transformer, optimizer: optax.GradientTransformation, seed: int, stage1_steps: int) -> TrainState:
     """The state before the first update; jit it with `state_shardings` as `out_shardings`."""
     params = model.init(jax.random.key(seed))
     return TrainState(
@@ -35,9 +33,7 @@ def init(
     )
 
 
-def state_shardings(
-    model: Transformer, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> TrainState:
+def state_shardings(model: Transformer, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
     """A `TrainState` of `NamedSharding`: optimizer statistics lie where their parameters lie."""
     shapes, axes = model.shapes(), model.logical_axes()
     whole = sharding.replicated(mesh)

@@ -157,9 +157,7 @@ def _update(state: TrainState, grads: Any, loss: Loss, student: Student) -> tupl
         "grad_norm": (optax.tree.norm(grads), one),
         "learning_rate": (jnp.asarray(student.learning_rate(state.step), jnp.float32), one),
     }
-    state = state._replace(
-        step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
-    )
+    state = state._replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
     return state, metrics
 
 

@@ -82,7 +82,7 @@ def _run(experiment: Experiment, run: RunDir, say: Say) -> None:
     helpers = helpers or _find_helpers(experiment, first, stored, say)
     params_of = {role: helper.load(mesh, say) for role, helper in helpers.items()}
     compiled = _compile(experiment, state, helpers, params_of, say)
-    validate = validation.validator(experiment, compiled["eval"], say)
+    validate = validation.validator(experiment, run, compiled["eval"], say)
     clock.restore(meta["seconds"])
     clock.lap("compile")
     if stored is None:
@@ -100,10 +100,8 @@ def _run(experiment: Experiment, run: RunDir, say: Say) -> None:
             # The order is fixed: evaluate, save, batch, step. What a checkpoint N holds comes before it.
             if _due(n, config.validation.every, config.steps) and n > first:
                 log.flush()
-                log.validation(n, validate(state.params))
-            if n > first and (
-                stop or n in config.checkpoint.keep or _due(n, config.checkpoint.every, config.steps)
-            ):
+                log.validation(n, validate(n, state.params))
+            if n > first and (stop or n in config.checkpoint.keep or _due(n, config.checkpoint.every, config.steps)):
                 log.flush()
                 checkpoints.save(state, log.meta())
                 clock.lap("save")

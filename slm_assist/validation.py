@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from slm_assist import sharding, steps
+from slm_assist import metrics, sharding, steps
 from slm_assist.assist import helpers as helpers_lib
 from slm_assist.evals import perplexity
 from slm_assist.experiment import Experiment, Say
@@ -20,8 +20,11 @@ def put(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[s
     return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in names}
 
 
-def validator(experiment: Experiment, eval_step: Callable, say: Say) -> Callable:
-    """Parameters -> the figures of a validation line; cuts the rows into buckets first, if that is to be done."""
+def validator(experiment: Experiment, run: RunDir, eval_step: Callable, say: Say) -> Callable:
+    """(step, parameters) -> the figures of a validation line; what each row cost is kept beside, for the report.
+
+    Cuts the rows into buckets first, if that is to be done.
+    """
     where = sharding.batch_sharding(experiment.mesh)
 
     def sums(params: Any, step: Callable = eval_step) -> dict[str, np.ndarray]:
@@ -29,7 +32,14 @@ def validator(experiment: Experiment, eval_step: Callable, say: Say) -> Callable
 
     if experiment.config.validation.buckets:
         experiment.validation.buckets = _buckets(experiment, sums, say)
-    return lambda params: experiment.validation.record(sums(params))
+
+    def validate(step: int, params: Any) -> dict[str, Any]:
+        rows = sums(params)
+        kept = {name: rows[name].tolist() for name in ("cross_entropy", "tokens")}
+        metrics.write_json(run.validation_rows, {"step": step} | kept)
+        return experiment.validation.record(rows)
+
+    return validate
 
 
 def _buckets(experiment: Experiment, sums: Callable, say: Say) -> np.ndarray:

@@ -27,9 +27,7 @@ def rank(z, y):
 def describe(z, y):
     log_p = log_softmax(z)
     p = np.exp(log_p)
-    return SimpleNamespace(
-        loss=-log_p[y], entropy=-(p * log_p).sum(), top_probability=p.max(), rank=rank(z, y)
-    )
+    return SimpleNamespace(loss=-log_p[y], entropy=-(p * log_p).sum(), top_probability=p.max(), rank=rank(z, y))
 
 
 def loss(

@@ -113,9 +113,7 @@ def test_colab_runs_from_top_to_bottom(tmp_path):
     shape |= {"data.cache_dir": str(tmp_path / "cache"), "data.source": tiny.corpus(tmp_path / "corpus")}
     stub = "import sys, types\nsys.modules['IPython'] = types.ModuleType('IPython')\nd = types.ModuleType('d')\n"
     stub += "d.Image = lambda path: open(path, 'rb').read()\nd.display = len\nsys.modules['IPython.display'] = d\n"
-    program = stub + "\n".join(
-        "".join(cell["source"]).replace("EXTRA = {}", f"EXTRA = {shape!r}") for cell in cells
-    )
+    program = stub + "\n".join("".join(cell["source"]).replace("EXTRA = {}", f"EXTRA = {shape!r}") for cell in cells)
     (tmp_path / "colab.py").write_text(program)
     subprocess.run([sys.executable, "colab.py"], cwd=tmp_path, check=True, timeout=300,
                    env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip

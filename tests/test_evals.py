@@ -41,7 +41,9 @@ def test_figures_against_all_tokens_at_once(prepared, batch_rows):
     batch = prepared.validation.get(np.arange(len(prepared.validation)))
     targets = batch["targets"][batch["mask"] > 0]
     nats = targets / 100
-    nbytes = sum(len(prepared.vocabulary.decode([int(t)]).encode()) for t in targets if prepared.vocabulary.token_bytes[t])
+    nbytes = sum(
+        len(prepared.vocabulary.decode([int(t)]).encode()) for t in targets if prepared.vocabulary.token_bytes[t]
+    )
     assert record["tokens"] == len(targets)
     assert record["log_perplexity"] == pytest.approx(nats.mean())
     assert record["accuracy"] == pytest.approx((targets % 2 == 0).mean())
@@ -54,9 +56,7 @@ def test_figures_against_all_tokens_at_once(prepared, batch_rows):
 
 def test_a_part_of_the_rows_is_always_the_same_part(prepared):
     def make(limit):
-        return Perplexity(
-            prepared.validation, limit=limit, batch_rows=4, token_bytes=prepared.vocabulary.token_bytes
-        )
+        return Perplexity(prepared.validation, limit=limit, batch_rows=4, token_bytes=prepared.vocabulary.token_bytes)
 
     assert len(make(5).row_ids) == 5 and len(set(make(5).row_ids)) == 5
     np.testing.assert_array_equal(make(5).row_ids, make(5).row_ids)

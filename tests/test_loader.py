@@ -102,9 +102,7 @@ def test_batch_at_is_pure(rows):
         "domain": ((B,), "int32"),
         "row_ids": ((B,), "int64"),
     }
-    assert not np.array_equal(
-        Loader(rows, Order(len(rows), seed=8), B).batch_at(0)["row_ids"], forwards[0]["row_ids"]
-    )
+    assert not np.array_equal(Loader(rows, Order(len(rows), seed=8), B).batch_at(0)["row_ids"], forwards[0]["row_ids"])
     np.testing.assert_array_equal(rows.get(forwards[3]["row_ids"])["tokens"], forwards[3]["tokens"])
 
 

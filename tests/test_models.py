@@ -96,9 +96,7 @@ def decoder64(params, config, tokens, segment_ids, positions, prefix_mask):
     for index in range(config.num_layers):
         layer = params[f"layer_{index}"]
         y = norm(x, layer["attention_norm"]["scale"])
-        query, key, value = (
-            np.einsum("td,dnh->tnh", y, layer["attention"][k]) for k in ("query", "key", "value")
-        )
+        query, key, value = (np.einsum("td,dnh->tnh", y, layer["attention"][k]) for k in ("query", "key", "value"))
         window = config.window if config.pattern[index % len(config.pattern)] == "local" else 0
         mixed = attention64(rotate(query), rotate(key), value, segment_ids, prefix_mask, window)
         x = x + np.einsum("tnh,nhd->td", mixed, layer["attention"]["out"])

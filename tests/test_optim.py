@@ -78,9 +78,7 @@ def test_cosine():
 
 
 def test_warmup_stable_decay():
-    schedule = optim.learning_rate(
-        "wsd", peak=1.0, steps=100, warmup_steps=4, final_fraction=0.2, decay_fraction=0.4
-    )
+    schedule = optim.learning_rate("wsd", peak=1.0, steps=100, warmup_steps=4, final_fraction=0.2, decay_fraction=0.4)
     assert_close(at(schedule, 0, 4, 30, 60), [0.2, 1, 1, 1], 1e-6)
     assert_close(at(schedule, 70, 80, 100), [0.8, 0.6, 0.2], 1e-6)
 
@@ -126,9 +124,7 @@ def test_optax_adafactor_would_mix_the_layers():
     """The test above can fail: optax's statistics are those of the stack."""
     optimizer = optax.adafactor(0.03)
     scanned, _ = three_updates(optimizer, parameters(), gradients)
-    flat, _ = three_updates(
-        optimizer, unstack(parameters(), CONFIG), lambda step: unstack(gradients(step), CONFIG)
-    )
+    flat, _ = three_updates(optimizer, unstack(parameters(), CONFIG), lambda step: unstack(gradients(step), CONFIG))
     assert largest_difference(unstack(scanned, CONFIG), flat) > 1e-3
 
 

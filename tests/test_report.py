@@ -1,5 +1,6 @@
 import json
 import math
+import random
 import re
 import statistics
 from pathlib import Path
@@ -17,7 +18,7 @@ BETTER = {100: 2.8, 200: 2.1, 300: 1.9}  # reaches 2.0 half-way between 200 and 
 DOMAINS = {"stdlib": 300, "numpy": 200, "jax": 500}
 
 
-def fabricate(path, curve=BASE, *, finished=True, config=(), facts=(), error=None, seed=0, speed=1.0):
+def fabricate(path, curve=BASE, *, finished=True, config=(), facts=(), seed=0, speed=1.0):
     """A run directory as training writes it.
 
     A step costs 10 FLOPs and 0.1/speed seconds; with the small LM, in SALT's first 100 steps, 12 FLOPs.
@@ -45,7 +46,7 @@ def fabricate(path, curve=BASE, *, finished=True, config=(), facts=(), error=Non
         records.append({"kind": "train", "step": step, "stage": stage, "loss": 9.0, "tokens": 400 * step,
                         "flops": flops, "seconds": seconds})  # fmt: skip
         if step in curve:
-            records.append(_validation(step, curve[step], flops, seconds, error))
+            records.append(_validation(step, curve[step], flops, seconds))
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if finished:
         seconds = {"compile": 2.0, "stage1": 0.1 * stop, "stage2": 0.1 * (max(curve) - stop), "validation": 1.0}
@@ -57,14 +58,13 @@ def fabricate(path, curve=BASE, *, finished=True, config=(), facts=(), error=Non
     return str(path)
 
 
-def _validation(step, loss, flops, seconds, error):
+def _validation(step, loss, flops, seconds):
     def figures(value, tokens):
         return {"log_perplexity": value, "bits_per_byte": value / 2, "accuracy": 1 / value, "tokens": tokens}
 
     record = {"kind": "validation", "step": step} | figures(loss, 1000)
     record["domains"] = {name: figures(loss + i / 10, n) for i, (name, n) in enumerate(DOMAINS.items())}
     record["buckets"] = {name: figures(loss + i - 1, 333) for i, name in enumerate(("easy", "medium", "hard"))}
-    record |= {"standard_error": error} if error is not None else {}
     return record | {"train_flops": flops, "train_seconds": seconds, "validation_seconds": 0.5}
 
 
@@ -157,11 +157,24 @@ def test_first_lines_say_data_tokens_seeds_and_noise(four, tmp_path):
     assert "baseline (2,000 parameters) saw 120 K tokens: 60 a parameter, 2.4 epochs." in text
     assert "small (500 parameters) saw 120 K tokens: 240 a parameter" in text
     assert "One seed" in text and "run --seeds 3" in text
-    runs = [fabricate(tmp_path / "b" / n, c, error=e) for n, c, e in (("baseline", BASE, 0.03), ("salt", BETTER, 0.04))]
+
+
+def test_noise_of_one_seed_is_paired_by_row(tmp_path):
+    runs = [fabricate(tmp_path / "baseline"), fabricate(tmp_path / "salt", BETTER)]
+    rng, tokens = random.Random(0), [100, 50, 80, 100, 120, 40]
+    base = [n * rng.uniform(1, 9) for n in tokens]
+    d = [0.1, 0.12, 0.08, 0.11, 0.1, 0.05]
+    for run, sums in zip(
+        map(Path, runs), (base, [b - n * x for b, n, x in zip(base, tokens, d, strict=True)]), strict=True
+    ):
+        rows = {"step": 300, "cross_entropy": sums, "tokens": tokens}
+        (run / "validation_rows.json").write_text(json.dumps(rows))
     comparison = report.compare(runs)
+    mean = sum(n * x for n, x in zip(tokens, d, strict=True)) / sum(tokens)
+    squares = sum((n * (x - mean)) ** 2 for n, x in zip(tokens, d, strict=True))
     assert comparison.noise["source"] == "rows"
-    assert comparison.noise["threshold"] == pytest.approx(1.96 * 0.05)
-    assert "below 0.098 nats a token noise" in said(comparison)
+    assert comparison.noise["threshold"] == pytest.approx(1.96 * math.sqrt(6 / 5 * squares) / sum(tokens))
+    assert "paired by row" in said(comparison)
 
 
 def test_noise_falls_back_on_domains(tmp_path):

@@ -178,9 +178,7 @@ def test_a_validation_source_leaves_all_of_the_other_for_training(spec, vocabula
 
 def test_too_little_text_says_what_would_help(spec, vocabulary, tmp_path):
     small = write_corpus(tmp_path / "small.jsonl", n=12, seed=3)
-    with pytest.raises(
-        UserError, match=r"validation text is 0 tokens.*data.validation_fraction \(to 0"
-    ) as caught:
+    with pytest.raises(UserError, match=r"validation text is 0 tokens.*data.validation_fraction \(to 0") as caught:
         make(small, tmp_path / "c", vocabulary=vocabulary, validation_fraction=1e-6)
     fraction = float(str(caught.value).split("(to ")[1].split(",")[0])
     assert make(small, tmp_path / "c", vocabulary=vocabulary, validation_fraction=fraction).validation

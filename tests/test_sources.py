@@ -93,9 +93,7 @@ def test_a_broken_stream_is_named(tmp_path, ending, damage):
     middle = len(whole) // 2
     broken = {
         "cut": whole[:middle],
-        "flipped": whole[:middle]
-        + bytes(b ^ 255 for b in whole[middle : middle + 64])
-        + whole[middle + 64 :],
+        "flipped": whole[:middle] + bytes(b ^ 255 for b in whole[middle : middle + 64]) + whole[middle + 64 :],
         "garbage": b"not compressed at all" * 9,
     }[damage]
     file = tmp_path / f"a.jsonl{ending}"

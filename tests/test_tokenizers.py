@@ -53,9 +53,7 @@ def test_round_trip_of_every_character(vocabulary):
         assert vocabulary.decode(vocabulary.encode(c)) == c.replace("\u2581", " ")
 
 
-@pytest.mark.parametrize(
-    "text", ["", " ", "  a", "a  ", "\n", "<s>", "</s>", "<unk>", "<0x0A>", "\ufeffx", "▅"]
-)
+@pytest.mark.parametrize("text", ["", " ", "  a", "a  ", "\n", "<s>", "</s>", "<unk>", "<0x0A>", "\ufeffx", "▅"])
 def test_round_trip_of_text_that_looks_special(vocabulary, text):
     assert vocabulary.decode(vocabulary.encode(text)) == text
     assert not {vocabulary.bos_id, vocabulary.eos_id} & set(vocabulary.encode(text))
@@ -104,9 +102,7 @@ def test_sizes_that_cannot_be_filled_say_what_would_do():
 
 def test_a_script_with_more_characters_than_the_vocabulary():
     rng = random.Random(3)
-    texts = [
-        "".join(chr(0x4E00 + int(rng.paretovariate(0.5)) % 9000) for _ in range(2000)) for _ in range(20)
-    ]
+    texts = ["".join(chr(0x4E00 + int(rng.paretovariate(0.5)) % 9000) for _ in range(2000)) for _ in range(20)]
     vocabulary = train_vocabulary(texts, 1024)
     assert all(vocabulary.decode(vocabulary.encode(text)) == text for text in texts)
 
@@ -137,9 +133,7 @@ def test_compare_looks_at_pieces_not_sizes(vocabulary):
     other = train_vocabulary(prose(200, seed=5, extra="other words entirely "), 512)
     assert other.size == vocabulary.size and other.fingerprint != vocabulary.fingerprint
     difference = compare(vocabulary, other)
-    first = next(
-        i for i, (x, y) in enumerate(zip(vocabulary.pieces(), other.pieces(), strict=True)) if x != y
-    )
+    first = next(i for i, (x, y) in enumerate(zip(vocabulary.pieces(), other.pieces(), strict=True)) if x != y)
     assert f"piece {first} is" in difference and not same_pieces(vocabulary, other)
     assert compare(vocabulary, vocabulary) is None
     smaller = train_vocabulary(prose(200, extra="naïve Grüße\n\n\n"), 500)

@@ -188,9 +188,7 @@ def test_finished_run_is_left_alone_and_fresh_starts_beside(tmp, salt):
 
 def test_resume_with_other_settings_names_the_keys(tmp, salt):
     with pytest.raises(UserError, match=r"optimizer.peak_learning_rate: 0.002 -> 0.1.*--fresh"):
-        tiny.run(
-            tmp, "salt", assist__teacher=str(tmp / "small_lm"), optimizer__peak_learning_rate=0.1, **SALT
-        )
+        tiny.run(tmp, "salt", assist__teacher=str(tmp / "small_lm"), optimizer__peak_learning_rate=0.1, **SALT)
     with pytest.raises(UserError, match=r"model.num_layers: 2 -> 4"):
         tiny.run(tmp, "salt", assist__teacher=str(tmp / "small_lm"), model__num_layers=4, **SALT)
 
@@ -260,4 +258,3 @@ def test_the_core_does_without_tensorflow(tmp):
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests", *sys.path])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=300)
-

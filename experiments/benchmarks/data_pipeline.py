@@ -44,9 +44,7 @@ def loader_tokens_per_second(rows, batch_rows: int, repeats: int = 5) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="python:")
     parser.add_argument("--text_field", default="text")
     parser.add_argument("--domain_field", default="")

@@ -25,9 +25,7 @@ def hidden_and_head(model: Transformer, params: Any, batch: Batch) -> tuple[jax.
     Every model meets a batch through this function, so a teacher sees the student's exact inputs, segments
     and positions.
     """
-    hidden_BxTxD = model.apply(
-        params, batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"]
-    )
+    hidden_BxTxD = model.apply(params, batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"])
     return hidden_BxTxD, model.head(params)
 
 

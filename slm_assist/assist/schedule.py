@@ -38,9 +38,7 @@ class AssistSchedule:
         return weight.astype(jnp.float32)
 
 
-def assist_schedule(
-    kind: str, *, weight: float = 0.667, steps: int = 0, decay_steps: int = 0
-) -> AssistSchedule:
+def assist_schedule(kind: str, *, weight: float = 0.667, steps: int = 0, decay_steps: int = 0) -> AssistSchedule:
     """The schedule of the small LM's weight.
 
     Args:

@@ -23,9 +23,7 @@ class Loader:
       UserError: the hosts do not divide the batch.
     """
 
-    def __init__(
-        self, rows: Rows, order: Order, batch_rows: int, *, process_index: int = 0, process_count: int = 1
-    ):
+    def __init__(self, rows: Rows, order: Order, batch_rows: int, *, process_index: int = 0, process_count: int = 1):
         if batch_rows < 1 or batch_rows % process_count:
             raise UserError(f"a batch of {batch_rows} rows cannot be split over {process_count} hosts")
         self._rows, self._order, self._batch_rows = rows, order, batch_rows
@@ -64,9 +62,7 @@ class Prefetcher:
     def batch_at(self, n: int) -> dict[str, np.ndarray]:
         """The n-th batch. `n` is one more at each call, from `start`; otherwise ValueError."""
         if n != self._next:
-            raise ValueError(
-                f"batch {n} asked for where {self._next} is next: start another Prefetcher there"
-            )
+            raise ValueError(f"batch {n} asked for where {self._next} is next: start another Prefetcher there")
         self._submit()
         batch = self._batches.popleft().result()
         self._next += 1

@@ -77,9 +77,7 @@ def _walk(root: Path, skipped: set[str]) -> list[Path]:
     for directory, names, files in os.walk(root):
         names[:] = [name for name in names if name.split("-")[0] not in skipped and name not in skipped]
         found += [
-            Path(directory, file)
-            for file in files
-            if file.endswith(".py") and not file.startswith("_sysconfigdata")
+            Path(directory, file) for file in files if file.endswith(".py") and not file.startswith("_sysconfigdata")
         ]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
@@ -97,9 +95,7 @@ def _validation_groups(files: list[PythonFile], fraction: float) -> set[str]:
         return set()
     whole = sum(sizes.values())
     chosen, total = set(), 0
-    for group in sorted(
-        sizes, key=lambda group: hashlib.blake2b(f"{files[0].domain}/{group}".encode()).digest()
-    ):
+    for group in sorted(sizes, key=lambda group: hashlib.blake2b(f"{files[0].domain}/{group}".encode()).digest()):
         fits = sizes[group] <= _BIGGEST_GROUP * whole and total + sizes[group] <= 2 * fraction * whole
         if fits and total < fraction * whole:
             chosen.add(group)

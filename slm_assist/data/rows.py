@@ -90,9 +90,7 @@ def prepare(
         raise UserError(f"data.seq_len={seq_len}: use at least 1")
     by_hash = not (source.splits or validation_source)
     if by_hash and not 0 < validation_fraction < 1:
-        raise UserError(
-            f"data.validation_fraction={validation_fraction}: use a number between 0 and 1, such as 0.01"
-        )
+        raise UserError(f"data.validation_fraction={validation_fraction}: use a number between 0 and 1, such as 0.01")
     settings = {
         "format": FORMAT,
         "source": source.fingerprint,
@@ -114,13 +112,9 @@ def prepare(
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _scratch(cache_dir) as scratch:
-            vocabulary = vocabulary or train_vocabulary(
-                corpus.training_texts(), vocab_size, sample_bytes=sample_bytes
-            )
+            vocabulary = vocabulary or train_vocabulary(corpus.training_texts(), vocab_size, sample_bytes=sample_bytes)
             vocabulary.save(scratch / "tokenizer")
-            splits = _write_rows(
-                corpus, vocabulary, scratch, seq_len, cores or os.cpu_count() or 1, shard_documents
-            )
+            splits = _write_rows(corpus, vocabulary, scratch, seq_len, cores or os.cpu_count() or 1, shard_documents)
             _check_sizes(splits, seq_len, by_hash, validation_fraction)
             meta = {
                 "format": FORMAT,
@@ -149,9 +143,7 @@ def open_rows(path: str | Path) -> Prepared:
     try:
         meta = json.loads((path / "meta.json").read_text())
         if meta["format"] != FORMAT:
-            raise UserError(
-                f"{path}: rows of format {meta['format']}, this version reads {FORMAT}; delete it"
-            )
+            raise UserError(f"{path}: rows of format {meta['format']}, this version reads {FORMAT}; delete it")
         vocabulary = Vocabulary.load(path / "tokenizer")
         if vocabulary.fingerprint != meta["vocabulary"]:
             raise UserError(f"{path / 'tokenizer'}: not the vocabulary of these rows; delete {path}")

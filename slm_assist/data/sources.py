@@ -121,9 +121,7 @@ def open_source(
     digests = _digests(paths, cache_dir)
     if kind == "text":
         domains = _text_domains(paths)
-        return Source(
-            spec, [_Part(p, *digests[p], d, _read_text) for p, d in zip(paths, domains, strict=True)]
-        )
+        return Source(spec, [_Part(p, *digests[p], d, _read_text) for p, d in zip(paths, domains, strict=True)])
     read = partial(_read_jsonl, text_field=text_field, domain_field=domain_field)
     options = f"{text_field} {domain_field}"
     return Source(spec, [_Part(p, *digests[p], "jsonl", read, options=options) for p in paths])
@@ -174,9 +172,7 @@ def _digests(paths: list[Path], cache_dir: str | Path | None) -> dict[Path, tupl
             key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
             if key not in memo:
                 with path.open("rb") as file:
-                    fresh[key] = hashlib.file_digest(
-                        file, partial(hashlib.blake2b, digest_size=16)
-                    ).hexdigest()
+                    fresh[key] = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
         result[path] = (stat.st_size, memo.get(key) or fresh[key])
@@ -206,9 +202,7 @@ def _read_text(path: Path, on_bytes: OnBytes) -> Iterator[Document]:
                 buffer = buffer[at:] + decoder.decode(block, final=not file.peek(1))
             except UnicodeDecodeError as error:
                 where = offset - pending + error.start
-                raise UserError(
-                    f"{path}: not UTF-8 at byte {where}; convert it, for example with iconv"
-                ) from error
+                raise UserError(f"{path}: not UTF-8 at byte {where}; convert it, for example with iconv") from error
             at, offset = 0, offset + len(block)
             on_bytes(len(block))
             while len(buffer) - at > _LONGEST:
@@ -238,19 +232,13 @@ def _read_jsonl(path: Path, on_bytes: OnBytes, text_field: str, domain_field: st
         try:
             record = json.loads(line)
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{where}: not UTF-8 at byte {error.start} of the line; convert the file"
-            ) from error
+            raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line; convert the file") from error
         except ValueError as error:
             raise UserError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
         except RecursionError as error:
-            raise UserError(
-                f"{where}: JSON nested too deeply to be read; each line must be one object"
-            ) from error
+            raise UserError(f"{where}: JSON nested too deeply to be read; each line must be one object") from error
         if not isinstance(record, dict):
-            raise UserError(
-                f"{where}: a JSON {type(record).__name__}, not an object with a {text_field!r} field"
-            )
+            raise UserError(f"{where}: a JSON {type(record).__name__}, not an object with a {text_field!r} field")
         text = _field(record, text_field, where, "text_field")
         domain = _field(record, domain_field, where, "domain_field") if domain_field else ""
         if text:
@@ -272,7 +260,5 @@ def _field(record: dict, name: str, where: str, key: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: field {name!r} has half a surrogate pair at {error.start}; mend it"
-        ) from error
+        raise UserError(f"{where}: field {name!r} has half a surrogate pair at {error.start}; mend it") from error
     return value

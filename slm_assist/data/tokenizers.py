@@ -46,9 +46,7 @@ class Vocabulary:
                 raise RuntimeError("it is empty")
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise UserError(
-                f"{name}: not a SentencePiece model, or a damaged one; give another file"
-            ) from error
+            raise UserError(f"{name}: not a SentencePiece model, or a damaged one; give another file") from error
         self.model = model
         self._processor = processor
         # Newer releases hand out arrays without passing through Python lists.

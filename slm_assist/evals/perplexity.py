@@ -39,13 +39,9 @@ class Perplexity:
     @property
     def fingerprint(self) -> str:
         """Names vocabulary, rows and choice of rows: only runs with the same one can be compared."""
-        return hashlib.blake2b(
-            self._rows.fingerprint.encode() + self.row_ids.tobytes(), digest_size=16
-        ).hexdigest()
+        return hashlib.blake2b(self._rows.fingerprint.encode() + self.row_ids.tobytes(), digest_size=16).hexdigest()
 
-    def row_sums(
-        self, row_sums_of: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]
-    ) -> dict[str, np.ndarray]:
+    def row_sums(self, row_sums_of: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """`cross_entropy`, `correct`, `tokens` and `bytes` of each row, [rows] float64.
 
         Args:
@@ -74,9 +70,7 @@ class Perplexity:
             if sums["tokens"][self._domain == index].sum()
         }
         if self.buckets is not None:
-            result["buckets"] = {
-                name: _figures(sums, self.buckets == index) for index, name in enumerate(BUCKETS)
-            }
+            result["buckets"] = {name: _figures(sums, self.buckets == index) for index, name in enumerate(BUCKETS)}
         return result
 
 

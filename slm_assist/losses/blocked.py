@@ -333,9 +333,7 @@ def _run_shard(plan: _Plan, tokens: _Tokens, heads: list[jax.Array]):
 
         start = None if tokens.scale is None else jnp.zeros(heads[0].shape, jnp.float32)
         dhead, (terms, dhidden) = jax.lax.scan(step, start, tokens)
-        terms, dhidden = jax.tree.map(
-            lambda x: x.reshape(tiles * plan.tile, *x.shape[2:])[:count], (terms, dhidden)
-        )
+        terms, dhidden = jax.tree.map(lambda x: x.reshape(tiles * plan.tile, *x.shape[2:])[:count], (terms, dhidden))
     terms = jax.tree.map(lambda x: x.reshape(shape), terms)
     if dhead is None:
         return terms, _Model(None, None)

@@ -80,8 +80,7 @@ class ModelConfig:
         )
         _require(
             ("local" in self.pattern) == (self.window > 0),
-            f"window={self.window} with pattern {self.pattern}: a positive window and a 'local' layer "
-            "need each other",
+            f"window={self.window} with pattern {self.pattern}: a positive window and a 'local' layer need each other",
         )
 
     @property

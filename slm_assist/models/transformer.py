@@ -84,9 +84,7 @@ class Attention(nn.Module):
         c = self.config
 
         def heads(name, dim, count):
-            kernel_DxNxH = self.param(
-                name, named(fan_in(1), "embed", dim, "head_dim"), (c.d_model, count, c.head_dim)
-            )
+            kernel_DxNxH = self.param(name, named(fan_in(1), "embed", dim, "head_dim"), (c.d_model, count, c.head_dim))
             x_BxTxNxH = project(x_BxTxD, kernel_DxNxH.astype(self.dtype))
             return constrain(x_BxTxNxH, "batch", "length", dim, "head_dim")
 
@@ -177,9 +175,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, tokens_BxT, segment_ids, positions_BxT, prefix_mask, taps):
         c = self.config
-        rows = nn.initializers.variance_scaling(
-            INITIAL_LOGITS**2, "fan_in", "truncated_normal", in_axis=1, out_axis=0
-        )
+        rows = nn.initializers.variance_scaling(INITIAL_LOGITS**2, "fan_in", "truncated_normal", in_axis=1, out_axis=0)
         embedding_VxD = self.param("embedding", named(rows, "vocab", "embed"), (c.vocab_size, c.d_model))
         if not c.tie_embeddings:  # `Transformer.head` reads it
             columns = fan_in(1, INITIAL_LOGITS**2)
@@ -320,9 +316,7 @@ class Transformer:
                 raise UserError(f"taps={tuple(taps)}: the layers are 0 to {self.config.num_layers - 1}")
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
-        hidden, tapped = self.module.apply(
-            {"params": params}, tokens, segment_ids, positions, prefix_mask, tuple(taps)
-        )
+        hidden, tapped = self.module.apply({"params": params}, tokens, segment_ids, positions, prefix_mask, tuple(taps))
         return (hidden, tapped) if taps else hidden
 
     def head(self, params: Params) -> jax.Array:

@@ -1,10 +1,10 @@
 """Runs' files to numbers, pictures and one HTML page. Reads nothing else, and needs no accelerator.
 
-    from slm_assist import report
-    frame = report.load("runs/salt")  # pandas.DataFrame of metrics.jsonl
-    comparison = report.compare(["runs/small", "runs/baseline", "runs/salt"])
-    print(report.text_table(comparison))
-    report.write(comparison, "runs/report")
+from slm_assist import report
+frame = report.load("runs/salt")  # pandas.DataFrame of metrics.jsonl
+comparison = report.compare(["runs/small", "runs/baseline", "runs/salt"])
+print(report.text_table(comparison))
+report.write(comparison, "runs/report")
 """
 
 import sys

@@ -312,15 +312,23 @@ def _noise(methods: Sequence[Method], base: Method | None) -> dict[str, Any]:
         n_other = min((len(m.runs) for m in others), default=seeds)
         limit = stats.least_significant_difference(finals, n_other)
         return {"threshold": limit, "source": "seeds", "seeds": seeds}
-    errors = [run.final.get("standard_error") for m in others for run in m.runs]
-    own = base.runs[0].final.get("standard_error")
-    if others and own is not None and None not in errors:
-        limit = 1.96 * (own**2 + max(errors) ** 2) ** 0.5
-        return {"threshold": limit, "source": "rows", "seeds": seeds}
+    by_row = [_row_error(m, base) for m in others]
+    if others and None not in by_row:
+        return {"threshold": max(by_row), "source": "rows", "seeds": seeds}
     by_domain = [_domain_error(m, base) for m in others]
     if others and None not in by_domain:
         return {"threshold": max(by_domain), "source": "domains", "seeds": seeds}
     return {"threshold": None, "source": "none", "seeds": seeds}
+
+
+def _row_error(method: Method, base: Method) -> float | None:
+    """Of the difference of two runs on the same rows, paired by row."""
+    ours, theirs = (m.runs[0].rows for m in (method, base))
+    if not ours or not theirs or ours["tokens"] != theirs["tokens"]:
+        return None
+    rows = zip(ours["cross_entropy"], theirs["cross_entropy"], ours["tokens"], strict=True)
+    apart, tokens = zip(*(((a - b) / n, n) for a, b, n in rows if n), strict=True)
+    return 1.96 * stats.clustered_standard_error(apart, tokens)
 
 
 def _domain_error(method: Method, base: Method) -> float | None:

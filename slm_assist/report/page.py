@@ -113,9 +113,7 @@ def _table(table: tables.Table | None, style: str = "") -> str:
     if table is None:
         return ""
     header = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
-    )
+    rows = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
     return (
         f'<h2>{html.escape(table.title)}</h2>\n<div class="wide"><table class="{style}">\n'

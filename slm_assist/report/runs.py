@@ -22,6 +22,7 @@ class Run:
       path: the run directory, as it was given.
       config: nested settings; facts: measured once, at the start (fingerprints, sizes, hardware, versions).
       summary: totals written at the end, None while the run is unfinished.
+      rows: `cross_entropy` and `tokens` of each validation row at the last validation, None where not kept.
       train, validation: records of metrics.jsonl in step order; step n means that n updates are done.
     """
 
@@ -29,6 +30,7 @@ class Run:
     config: dict[str, Any]
     facts: dict[str, Any]
     summary: dict[str, Any] | None
+    rows: dict[str, Any] | None
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
 
@@ -120,7 +122,10 @@ def read_run(run_dir: str | Path) -> Run:
     if not isinstance(config, dict) or missing:
         raise UserError(f"{path}/config.json: lacks {'config' if not missing else f'facts.{missing[0]}'}; "
                         "it is not a run of this version of slm_assist")  # fmt: skip
-    summary = _read_json(path / "summary.json") if (path / "summary.json").is_file() else None
+    summary, rows = (
+        _read_json(path / name) if (path / name).is_file() else None
+        for name in ("summary.json", "validation_rows.json")
+    )
     records = read_metrics(path)
     by_step = {record["step"]: record for record in records if record.get("kind") == "validation"}
     if not by_step:
@@ -129,7 +134,10 @@ def read_run(run_dir: str | Path) -> Run:
             "on or leave it out"
         )
     train = [record for record in records if record.get("kind") == "train"]
-    return Run(path, config, facts, summary, train, [by_step[step] for step in sorted(by_step)])
+    validation = [by_step[step] for step in sorted(by_step)]
+    if rows and rows["step"] != validation[-1]["step"]:
+        rows = None
+    return Run(path, config, facts, summary, rows, train, validation)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

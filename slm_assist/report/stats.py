@@ -97,7 +97,7 @@ def least_significant_difference(baseline: Sequence[float], n_other: int) -> flo
 
 
 def clustered_standard_error(differences: Sequence[float], weights: Sequence[float]) -> float:
-    """Standard error of a weighted mean of differences over k >= 2 clusters (here: domains).
+    """Standard error of a weighted mean of differences over k >= 2 clusters (here: rows, or domains).
 
     sqrt(k / (k - 1) * sum w_i^2 (d_i - mean)^2) / sum w_i, the usual linearised form for a ratio of sums.
     """

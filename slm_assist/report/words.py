@@ -55,8 +55,7 @@ def _data(comparison: Comparison) -> str:
         ratio = _times(tokens / parameters) if tokens else "?"
         epochs = f", {_times(tokens / unique)} epochs" if tokens and unique else ""
         text.append(
-            f"{method.name} ({count(parameters)} parameters) saw {count(tokens)} tokens: {ratio} a "
-            f"parameter{epochs}."
+            f"{method.name} ({count(parameters)} parameters) saw {count(tokens)} tokens: {ratio} a parameter{epochs}."
         )
     return " ".join(text)
 
@@ -76,8 +75,8 @@ def _noise(comparison: Comparison) -> str:
     unknown = "how far results spread from seed to seed is not known (run --seeds 3)"
     if noise["source"] == "rows":
         return (
-            f"One seed: {unknown}. The choice of validation rows alone makes differences below {limit} noise "
-            "for runs evaluated on different rows; these share theirs, so for that choice it is on the safe side."
+            f"One seed: {unknown}. The choice of validation rows alone makes differences below {limit} noise (95 %, "
+            "paired by row)."
         )
     if noise["source"] == "domains":
         return (
@@ -96,9 +95,7 @@ def _remarks(method: Method, comparison: Comparison) -> list[Line]:
     missed = method.to_target["steps"].values.count(None)
     if missed:
         where = f" in {missed} of {len(method.runs)} seeds" if len(method.runs) > 1 else ""
-        lines.append(
-            Line("loss", f"{method.name} loses on cost{where}: it never reaches {base}'s final quality.")
-        )
+        lines.append(Line("loss", f"{method.name} loses on cost{where}: it never reaches {base}'s final quality."))
         return lines
     free = {axis: shares["free"].mean for axis, shares in method.ratio.items()}
     if None in free.values():
