@@ -196,11 +196,10 @@ def test_head_gradient_is_reduced_once_after_the_scan(mesh_shape):
 
 def test_matmuls_take_operands_of_the_compute_dtype():
     student, teacher, targets, mask = problem(3)
-    fn = lambda h, p: (
-        distillation(  # noqa: E731
-            h, p, jnp.asarray(teacher[0], jnp.bfloat16), teacher[1], targets, mask, 0.5
-        ).total
-    )
+
+    def fn(h, p):
+        return distillation(h, p, jnp.asarray(teacher[0], jnp.bfloat16), teacher[1], targets, mask, 0.5).total
+
     jaxpr = jax.make_jaxpr(jax.grad(fn, (0, 1)))(jnp.asarray(student[0], jnp.bfloat16), student[1]).jaxpr
     matmuls = [eqn for eqn, _ in equations(jaxpr) if eqn.primitive.name == "dot_general"]
     assert len(matmuls) == 4  # logits of both models, dhidden, dhead
