@@ -86,9 +86,7 @@ def run_method(method: str, seed: int, out: Path, shared: dict[str, Any]) -> Run
     """Trains one method with one seed, or goes on with it; a seed has a small LM of its own."""
     directory = out / f"seed-{seed}"
     overrides = shared | {"seed": seed, "data.order_seed": seed}
-    if method == "small_lm":
-        overrides["checkpoint.keep"] = (round(0.12 * shared["steps"]),)
-    else:
+    if method != "small_lm":
         overrides["validation.buckets"] = str(directory / "small_lm")
     if method in ("rkd", "salt"):
         overrides["assist.teacher"] = str(directory / "small_lm")

@@ -5,11 +5,9 @@
 Its checkpoint at 12 % of the run is kept beside the last ones: the early judge of data that SALT_DS scores with.
 """
 
-STEPS = 1000
-
 OVERRIDES = {
     "name": "small LM",
-    "steps": STEPS,
+    "steps": 1000,
     "model.size": "laptop-small",
-    "checkpoint.keep": (round(0.12 * STEPS),),
+    "checkpoint.keep_fraction": 0.12,
 }

@@ -95,6 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.checkpoint.every = 200  # steps; 0: only at the end  [resume: checkpoint.*]
     c.checkpoint.keep_last = 2  # how many of the newest stay
     c.checkpoint.keep = ()  # steps to save and keep for good, as 100,200
+    c.checkpoint.keep_fraction = 0.0  # and the step at this part of the run; 0: none. Small LMs: 0.12, to score with
 
     c.log = ml_collections.ConfigDict()
     c.log.tensorboard = True  # [resume: log.*]
@@ -243,7 +244,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 def _check_fractions(config: ml_collections.ConfigDict) -> None:
     flat = flatten(config)
     for key in ("data.validation_fraction", "optimizer.final_fraction", "optimizer.decay_fraction",
-                "assist.fraction", "assist.weight"):  # fmt: skip
+                "assist.fraction", "assist.weight", "checkpoint.keep_fraction"):  # fmt: skip
         if not 0.0 <= flat[key] <= 1.0:
             raise UserError(f"{key}={flat[key]}: must lie between 0 and 1")
     if not config.assist.temperature > 0:
@@ -283,6 +284,12 @@ def assisted_steps(config: ml_collections.ConfigDict) -> int:
     if config.assist.schedule == "constant":
         return config.steps
     return config.assist.steps or round(config.assist.fraction * config.steps)
+
+
+def kept_steps(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+    """Steps whose checkpoints are kept for good."""
+    part = round(config.checkpoint.keep_fraction * config.steps)
+    return tuple(sorted({*config.checkpoint.keep, *([part] if part else [])}))
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -94,6 +94,7 @@ def _run(experiment: Experiment, run: RunDir, say: Say) -> None:
         config.batch_rows,
     )
     log = Log(experiment, run, helpers, meta, first, clock)
+    kept = config_lib.kept_steps(config)
     put = functools.partial(validation.put, sharding=sharding.batch_sharding(mesh))
     with checkpoints, log, Prefetcher(loader, first) as batches, _signals() as stop:
         for n in range(first, config.steps + 1):
@@ -101,7 +102,7 @@ def _run(experiment: Experiment, run: RunDir, say: Say) -> None:
             if _due(n, config.validation.every, config.steps) and n > first:
                 log.flush()
                 log.validation(n, validate(n, state.params))
-            if n > first and (stop or n in config.checkpoint.keep or _due(n, config.checkpoint.every, config.steps)):
+            if n > first and (stop or n in kept or _due(n, config.checkpoint.every, config.steps)):
                 log.flush()
                 checkpoints.save(state, log.meta())
                 clock.lap("save")
@@ -146,7 +147,7 @@ def _start(experiment: Experiment, run: RunDir, say: Say) -> tuple[TrainState, d
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(init), layout
     )
     checkpoints = Checkpoints(
-        run.checkpoints, keep_last=config.checkpoint.keep_last, keep=tuple(config.checkpoint.keep)
+        run.checkpoints, keep_last=config.checkpoint.keep_last, keep=config_lib.kept_steps(config)
     )
     restored = checkpoints.restore_newest(like, say)
     if restored:

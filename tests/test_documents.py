@@ -20,8 +20,7 @@ PYTHON = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines() if line]
 
 # The README's commands, on less data and for fewer steps.
-SMALL = {key: value for key, value in tiny.overrides(Path("unused")).items() if not key.startswith("data.source")}
-SMALL |= {"steps": 4, "data.cache_dir": "cache", "data.vocab_size": 300, "validation.every": 2, "data.domain_field": ""}
+SMALL = tiny.KEYS | {"steps": 4, "data.cache_dir": "cache", "validation.every": 2, "data.domain_field": ""}
 
 
 @pytest.fixture(scope="module")
@@ -41,23 +40,32 @@ def workplace(tmp_path_factory):
     return directory
 
 
-def in_workplace(workplace: Path, monkeypatch) -> None:
-    monkeypatch.chdir(workplace)
-
-
 def small_options() -> list[str]:
     return [f"--{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in SMALL.items()]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("slm-assist")])
-def test_readme_command(workplace, monkeypatch, command):
-    in_workplace(workplace, monkeypatch)
-    words = shlex.split(command)[1:]
-    assert cli.main(words + (small_options() if words[0] == "train" else [])) == 0
+@pytest.fixture(scope="module")
+def after_commands(workplace):
+    """The same directory, once the README's `slm-assist` commands have run there, one after the other."""
+    before = os.getcwd()
+    os.chdir(workplace)
+    try:
+        for command in COMMANDS:
+            words = shlex.split(command)
+            if words[0] == "slm-assist":
+                assert cli.main(words[1:] + (small_options() if words[1] == "train" else [])) == 0, command
+    finally:
+        os.chdir(before)
+    return workplace
+
+
+def test_readme_commands(after_commands):
+    assert (after_commands / "runs" / "salt" / "summary.json").is_file()
+    assert (after_commands / "runs" / "report" / "report.html").is_file()
 
 
 def test_readme_quickstart_commands(workplace, monkeypatch):
-    in_workplace(workplace, monkeypatch)
+    monkeypatch.chdir(workplace)
     sys.path.insert(0, str(ROOT / "experiments"))
     import quickstart
 
@@ -75,10 +83,8 @@ def test_readme_quickstart_commands(workplace, monkeypatch):
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
-def test_readme_python(workplace, monkeypatch, code):
-    in_workplace(workplace, monkeypatch)
-    if "runs/salt" in code and not Path("runs/salt").exists():
-        pytest.skip("needs the runs of the README's commands, in another worker")
+def test_readme_python(after_commands, monkeypatch, code):
+    monkeypatch.chdir(after_commands)
     exec(compile(code, "README.md", "exec"), {})
 
 
@@ -111,7 +117,7 @@ def test_colab_runs_from_top_to_bottom(tmp_path):
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
     shape = {k: v for k, v in SMALL.items() if k not in ("model.size", "data.domain_field", "data.cache_dir")}
     shape |= {"data.cache_dir": str(tmp_path / "cache"), "data.source": tiny.corpus(tmp_path / "corpus")}
-    stub = "import sys, types\nsys.modules['IPython'] = types.ModuleType('IPython')\nd = types.ModuleType('d')\n"
+    stub = "import sys, types\nsys.modules['IPython'] = types.ModuleType('IPython')\nsys.modules['IPython'].version_info = (9, 0)\nd = types.ModuleType('d')\n"
     stub += "d.Image = lambda path: open(path, 'rb').read()\nd.display = len\nsys.modules['IPython.display'] = d\n"
     program = stub + "\n".join("".join(cell["source"]).replace("EXTRA = {}", f"EXTRA = {shape!r}") for cell in cells)
     (tmp_path / "colab.py").write_text(program)

@@ -15,7 +15,7 @@ from slm_assist.evals.perplexity import Perplexity, thirds
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     directory = tmp_path_factory.mktemp("evals")
-    source = open_source(tiny.corpus(directory / "corpus"), domain_field="meta.domain")
+    source = open_source(tiny.corpus(directory / "corpus"), domain_field="meta.pile_set_name")
     return rows_lib.prepare(
         source, vocab_size=384, seq_len=32, validation_fraction=0.2, cache_dir=directory / "cache", cores=1,
         progress=False,

@@ -23,41 +23,44 @@ def corpus(directory: Path) -> str:
         for domain in ("json", "email"):
             for path in sorted((stdlib / domain).glob("*.py")):
                 for part in path.read_text(encoding="utf-8").split("\n\n\n"):
-                    out.write(json.dumps({"text": part, "meta": {"domain": domain}}) + "\n")
+                    out.write(json.dumps({"text": part, "meta": {"pile_set_name": domain}}) + "\n")
     return f"jsonl:{file}"
 
 
+# A run of 12 updates of a model with about 30 thousand parameters on one device.
+KEYS = {
+    "steps": 12,
+    "batch_rows": 8,
+    "model.size": "laptop-small",
+    "model.num_layers": 2,
+    "model.d_model": 32,
+    "model.d_ff": 64,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 1,
+    "model.head_dim": 16,
+    "data.domain_field": "meta.pile_set_name",
+    "data.validation_fraction": 0.1,
+    "data.seq_len": 32,
+    "data.vocab_size": 384,
+    "data.cores": 1,
+    "optimizer.warmup_steps": 2,
+    "validation.every": 5,
+    "validation.rows": 12,
+    "checkpoint.every": 3,
+    "mesh.data": 1,
+    "log.progress": False,
+    "log.tensorboard": False,
+}
+
+
 def overrides(tmp: Path, **more: Any) -> dict[str, Any]:
-    """A run of 12 updates of a model with about 30 thousand parameters on one device."""
-    return {
-        "steps": 12,
-        "batch_rows": 8,
-        "model.size": "laptop-small",
-        "model.num_layers": 2,
-        "model.d_model": 32,
-        "model.d_ff": 64,
-        "model.num_heads": 2,
-        "model.num_kv_heads": 1,
-        "model.head_dim": 16,
-        "data.source": corpus(tmp / "corpus"),
-        "data.domain_field": "meta.domain",
-        "data.validation_fraction": 0.1,
-        "data.seq_len": 32,
-        "data.vocab_size": 384,
-        "data.cache_dir": str(tmp / "cache"),
-        "data.cores": 1,
-        "optimizer.warmup_steps": 2,
-        "validation.every": 5,
-        "validation.rows": 12,
-        "checkpoint.every": 3,
-        "mesh.data": 1,
-        "log.progress": False,
-        "log.tensorboard": False,
-    } | {key.replace("__", "."): value for key, value in more.items()}
+    """`KEYS` on the corpus, with everything under `tmp`; keys in `more` are written with `__` for the dot."""
+    places = {"data.source": corpus(tmp / "corpus"), "data.cache_dir": str(tmp / "cache")}
+    return KEYS | places | {key.replace("__", "."): value for key, value in more.items()}
 
 
 def run(tmp: Path, name: str, *, messages: list[str] | None = None, **more: Any) -> RunDir:
-    """Trains `name` under `tmp`, or goes on with it; keys are written with `__` for the dot."""
+    """Trains `name` under `tmp`, or goes on with it; `more` as for `overrides`."""
     config, _ = config_lib.resolve("", overrides(tmp, **more))
     return train(config, str(tmp / name), say=(messages if messages is not None else []).append)
 
