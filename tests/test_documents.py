@@ -117,8 +117,14 @@ def test_colab_runs_from_top_to_bottom(tmp_path):
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
     shape = {k: v for k, v in SMALL.items() if k not in ("model.size", "data.domain_field", "data.cache_dir")}
     shape |= {"data.cache_dir": str(tmp_path / "cache"), "data.source": tiny.corpus(tmp_path / "corpus")}
-    stub = "import sys, types\nsys.modules['IPython'] = types.ModuleType('IPython')\nsys.modules['IPython'].version_info = (9, 0)\nd = types.ModuleType('d')\n"
-    stub += "d.Image = lambda path: open(path, 'rb').read()\nd.display = len\nsys.modules['IPython.display'] = d\n"
+    stub = (
+        "import sys, types\n"
+        "sys.modules['IPython'] = types.ModuleType('IPython')\n"
+        "sys.modules['IPython'].version_info = (9, 0)\n"
+        "sys.modules['IPython.display'] = types.ModuleType('IPython.display')\n"
+        "sys.modules['IPython.display'].Image = lambda path: open(path, 'rb').read()\n"
+        "sys.modules['IPython.display'].display = len\n"
+    )
     program = stub + "\n".join("".join(cell["source"]).replace("EXTRA = {}", f"EXTRA = {shape!r}") for cell in cells)
     (tmp_path / "colab.py").write_text(program)
     subprocess.run([sys.executable, "colab.py"], cwd=tmp_path, check=True, timeout=300,

@@ -152,6 +152,14 @@ def test_a_second_call_opens_what_is_there(spec, vocabulary, tmp_path, monkeypat
     assert second.vocabulary.fingerprint == vocabulary.fingerprint
 
 
+def test_rows_of_a_vocabulary_learnt_before_are_made_once(spec, tmp_path, monkeypatch):
+    options = {"seq_len": T, "cache_dir": tmp_path / "cache", "progress": False, "validation_fraction": 0.1}
+    first = prepare(open_source(spec), vocab_size=330, **options)
+    monkeypatch.setattr(rows, "_write_rows", None)
+    again = prepare(open_source(spec), vocabulary=first.vocabulary, **options)
+    assert again.train.fingerprint == first.train.fingerprint and again.path.resolve() == first.path.resolve()
+
+
 def test_the_key_follows_content_and_settings(spec, vocabulary, tmp_path):
     base = make(spec, tmp_path, vocabulary=vocabulary).path
     other = write_corpus(tmp_path / "b.jsonl", seed=1)
@@ -281,6 +289,10 @@ def start(spec, cache, speed):
     )
 
 
+def directories(cache):
+    return {path.name for path in cache.iterdir() if not path.is_symlink()}
+
+
 def test_a_killed_prepare_leaves_no_broken_cache(spec, tmp_path):
     process = start(spec, tmp_path, "slow")
     assert process.stdout.readline() == "shard\n"
@@ -289,9 +301,9 @@ def test_a_killed_prepare_leaves_no_broken_cache(spec, tmp_path):
     assert scratch.exists()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert {p.name for p in tmp_path.iterdir()} == {beside.path.name, scratch.name}
+    assert directories(tmp_path) == {beside.path.name, scratch.name}
     other = make(spec, tmp_path, shard_documents=17)  # afterwards: it is removed
-    assert {p.name for p in tmp_path.iterdir()} == {beside.path.name, other.path.name}
+    assert directories(tmp_path) == {beside.path.name, other.path.name}
 
 
 def test_two_processes_at_once_both_end_with_a_good_cache(spec, tmp_path):
@@ -299,8 +311,8 @@ def test_two_processes_at_once_both_end_with_a_good_cache(spec, tmp_path):
     for process in processes:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
-    (path,) = tmp_path.iterdir()
-    assert contents(path) == contents(make(spec, tmp_path / "alone", shard_documents=16).path)
+    (name,) = directories(tmp_path)
+    assert contents(tmp_path / name) == contents(make(spec, tmp_path / "alone", shard_documents=16).path)
 
 
 def test_python_source_splits_as_it_says(tmp_path, monkeypatch):

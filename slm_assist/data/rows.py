@@ -100,9 +100,8 @@ def prepare(
         "vocabulary": vocabulary.fingerprint if vocabulary else ["bpe", vocab_size, sample_bytes],
         "shard": [shard_documents, _SHARD_CHARACTERS],
     }
-    key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
     cache_dir = Path(cache_dir).expanduser()
-    path = cache_dir / key
+    path = cache_dir / _key(settings)
     if path.exists():
         try:
             return open_rows(path)
@@ -126,11 +125,18 @@ def prepare(
             (scratch / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
             _sync(scratch)
             _install(scratch, path)
+        # Who comes back with the vocabulary that was learnt here finds the same rows.
+        with contextlib.suppress(FileExistsError):
+            (cache_dir / _key(settings | {"vocabulary": vocabulary.fingerprint})).symlink_to(path.name)
     except OSError as error:
         raise UserError(
             f"rows cannot be written to {cache_dir} ({error.strerror}); make room or set data.cache_dir"
         ) from error
     return open_rows(path)
+
+
+def _key(settings: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def open_rows(path: str | Path) -> Prepared:
@@ -354,6 +360,8 @@ def _sync(directory: Path) -> None:
 
 def _install(scratch: Path, path: Path) -> None:
     """Gives `scratch` its final name, unless another process was first with the same contents."""
+    if path.is_symlink() and not path.exists():
+        path.unlink()  # what it led to was deleted
     if path.exists():
         try:
             open_rows(path)
