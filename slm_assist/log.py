@@ -125,7 +125,7 @@ class Log:
             "tokens_per_second": self._batch_tokens / seconds,
         }
         if self._peak:
-            record["flops_utilisation_per_second"] = spent / seconds / self._peak
+            record["model_flops_utilisation"] = spent / seconds / self._peak
         self._file.write(record)
         self._tensorboard.write(record)
         self._show(record, spent / seconds)

@@ -186,6 +186,26 @@ def test_finished_run_is_left_alone_and_fresh_starts_beside(tmp, salt):
     assert salt.beside().path == tmp / "salt-2"
 
 
+def test_goes_on_with_another_mesh(tmp, salt, monkeypatch):
+    teacher = str(tmp / "small_lm")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt_at(patch, 4, kill)
+        tiny.run(tmp, "mesh", assist__teacher=teacher, **SALT)
+    sharded = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    resumed = tiny.run(tmp, "mesh", assist__teacher=teacher, **sharded, **SALT)
+    for one, eight in zip(tiny.records(salt), tiny.records(resumed), strict=True):
+        for key in ("loss", "log_perplexity"):
+            if key in one:
+                assert eight[key] == pytest.approx(one[key], rel=1e-3)
+
+
+def test_tensorboard_has_the_same_numbers(tmp):
+    run = tiny.run(tmp, "events", steps=3, optimizer__warmup_steps=1, log__tensorboard=True)
+    events = b"".join(file.read_bytes() for file in run.tensorboard.iterdir())
+    for name in (b"train/loss", b"train/accuracy", b"validation/log_perplexity", b"validation/domains/json/accuracy"):
+        assert name in events
+
+
 def test_resume_with_other_settings_names_the_keys(tmp, salt):
     with pytest.raises(UserError, match=r"optimizer.peak_learning_rate: 0.002 -> 0.1.*--fresh"):
         tiny.run(tmp, "salt", assist__teacher=str(tmp / "small_lm"), optimizer__peak_learning_rate=0.1, **SALT)
