@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "slm-assist report runs/baseline runs/salt --out=report",
     )
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    report.add_argument("--baseline", help="name or directory of the run to compare with; by default the one without help")
     report.add_argument("--out", default="report", help="directory for report.html, PNGs and results.json")
     return parser
 
@@ -131,7 +132,7 @@ def _report(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         raise UserError(f"--{next(iter(overrides))} is not an option of report; see slm-assist report --help")
     from slm_assist import report
 
-    report.run_report(options.runs, options.out)
+    report.run_report(options.runs, options.out, baseline=options.baseline)
     return 0
 
 
