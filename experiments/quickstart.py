@@ -32,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     options, rest = _parser().parse_known_args(arguments)
     began = time.perf_counter()
     try:
-        shared = _shared_overrides(options) | cli.parse_overrides(rest)
+        given = cli.parse_overrides(rest)
+        shared = _shared_overrides(options, given) | given
         runs = [
             run_method(method, seed, Path(options.out), shared) for seed in range(options.seeds) for method in METHODS
         ]
@@ -43,12 +44,17 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stop:
         print(f"quickstart: {stop}", file=sys.stderr)
         return 128 + stop.signal
+    except KeyboardInterrupt:
+        print("quickstart: stopped; the same command goes on", file=sys.stderr)
+        return 130
     print(f"done in {(time.perf_counter() - began) / 60:.1f} minutes")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--data", default="python:", help="python: | text:GLOB | jsonl:GLOB")
     parser.add_argument("--domain_field", default="", help="jsonl: dotted field with the domain")
     parser.add_argument("--out", default="runs/quickstart", help="directory of the runs and the report")
@@ -58,11 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _shared_overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """What all four runs have in common."""
-    if options.scale <= 0 or options.seeds < 1:
+def _shared_overrides(options: argparse.Namespace, given: dict[str, str]) -> dict[str, Any]:
+    """What all four runs have in common; a number of steps among `given` takes the place of --scale."""
+    if not 0 < options.scale < 1e6 or options.seeds < 1:
         raise UserError("--scale must be above 0 and --seeds at least 1")
-    steps = max(20, round(STEPS * options.scale))
+    steps = config.parse("steps", given.get("steps", max(20, round(STEPS * options.scale))), STEPS)
     return {
         "steps": steps,
         "optimizer.warmup_steps": steps // 10,
@@ -70,7 +76,7 @@ def _shared_overrides(options: argparse.Namespace) -> dict[str, Any]:
         "data.domain_field": options.domain_field,
         "data.validation_fraction": _validation_fraction(options.data),
         "optimizer.peak_learning_rate": 8e-3,
-        "validation.every": max(1, steps // 12),
+        "validation.every": -(-steps // 12),
         "validation.rows": 160,
         "checkpoint.every": max(1, steps // 4),
         "mesh.data": 1,
@@ -87,7 +93,7 @@ def run_method(method: str, seed: int, out: Path, shared: dict[str, Any]) -> Run
     directory = out / f"seed-{seed}"
     overrides = shared | {"seed": seed, "data.order_seed": seed}
     if method != "small_lm":
-        overrides["validation.buckets"] = str(directory / "small_lm")
+        overrides["validation.buckets"] = str(out / "seed-0" / "small_lm")  # one cut for all seeds
     if method in ("rkd", "salt"):
         overrides["assist.teacher"] = str(directory / "small_lm")
     resolved, _ = config.resolve(str(HERE / f"{method}.py"), overrides)

@@ -5,6 +5,7 @@ metrics.jsonl and the clock). A helper reads `params` alone.
 """
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from orbax.checkpoint import checkpoint_managers
 from slm_assist.errors import UserError
 from slm_assist.state import TrainState
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs a failed save or restore once for every array; one line says it here.
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
@@ -74,7 +77,6 @@ class Checkpoints:
         try:
             call()
         except Exception as error:
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats the same for every array
             text = str(error)
             full = "No space left" in text or "RESOURCE_EXHAUSTED" in text or "File too large" in text
             last = max(whole_steps(self.directory), default=None)
@@ -160,6 +162,7 @@ def restore_params(
             "(checkpoint.keep=STEP keeps one)"
         )
     candidates = [step] if step != -1 else steps[::-1]
+    started = {int(found[0]) for path in directory.iterdir() if (found := re.match(r"\d+", path.name))}
     for candidate in candidates:
         try:
             with ocp.StandardCheckpointer() as reader:
@@ -168,7 +171,7 @@ def restore_params(
             reason = str(error).splitlines()[0][:200]
             say(f"{directory}: checkpoint {candidate} cannot be read ({reason})")
             continue
-        if candidate != candidates[0]:
-            say(f"{directory}: using checkpoint {candidate}, the newest whole one")
+        if step == -1 and candidate < max(started):
+            say(f"{directory}: checkpoint {max(started)} is not whole; using {candidate}, the newest that is")
         return params, candidate
     raise UserError(f"{directory}: no checkpoint of {candidates} can be read; train that run again")

@@ -7,6 +7,7 @@ slm-assist report runs/baseline runs/salt --out=report
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -22,12 +23,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
+        signal.signal(signal.SIGTERM, _terminate)
         return options.run(options, parse_overrides(rest))
     except UserError as error:
         print(f"slm-assist: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as interrupt:
+        print("slm-assist: stopped before anything was trained; the same command starts again", file=sys.stderr)
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+
+
+def _terminate(number: int, _) -> None:
+    """SIGTERM ends preparing and compiling as Ctrl-C does; the training loop has a handler of its own."""
+    raise KeyboardInterrupt(number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="slm-assist",
         description="Train a large language model with the help of a small one.",
         epilog="Any key of slm_assist/config.py is set with --key=value, as --assist.weight=0.5.",
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -45,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
             description=help_text[0].upper() + help_text[1:] + ".",
             epilog=f"Example: {example}\nAny key of slm_assist/config.py is set with --key=value.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         sub.set_defaults(run=run)
         return sub
@@ -75,24 +85,20 @@ def _parser() -> argparse.ArgumentParser:
         "slm-assist report runs/baseline runs/salt --out=report",
     )
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
-    report.add_argument("--baseline", help="name or directory of the run to compare with; by default the one without help")
+    report.add_argument(
+        "--baseline", help="name or directory of the run to compare with; by default the one without help"
+    )
     report.add_argument("--out", default="report", help="directory for report.html, PNGs and results.json")
     return parser
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """`--key=value` and `--key value` pairs that no parser took."""
+    """`--key=value` words that no parser took, as `{key: value}`."""
     overrides: dict[str, str] = {}
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
+    for word in arguments:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not equals:
             raise UserError(f"{word!r} is not understood: keys are set with --key=value")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise UserError(f"--{key} has no value: write --{key}=value")
-            value = rest.pop(0)
         overrides[key] = value
     return overrides
 

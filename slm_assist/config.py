@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.vocabulary = ""  # SentencePiece model or run directory; empty: the teacher's, else train one
     c.data.vocab_size = 2048  # pieces, when a vocabulary is trained
     c.data.cache_dir = "~/.cache/slm_assist"  # prepared rows and vocabularies, keyed by content  [resume]
-    c.data.cores = 0  # processes that prepare; 0: all cores  [resume]
+    c.data.cores = 0  # threads that prepare; 0: as many as cores  [resume]
     c.data.order_seed = -1  # the order of the rows; -1: seed
 
     c.optimizer = ml_collections.ConfigDict()
@@ -174,16 +174,20 @@ def set_key(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
     keys = flatten(get_config())
     if key not in keys:
         raise UserError(f"unknown config key {key!r}{_nearest_key(key, keys)}; --print_config lists all keys")
-    default = keys[key]
-    try:
-        parsed = _parse(value, default)
-    except (KeyError, TypeError, ValueError):
-        kind = "a list of ints, as 100,200" if isinstance(default, tuple) else type(default).__name__
-        raise UserError(f"{key}={value!r}: the value must be {kind}, as the default {default!r}") from None
+    parsed = parse(key, value, keys[key])
     *sections, last = key.split(".")
     for section in sections:
         config = config[section]
     config[last] = parsed
+
+
+def parse(key: str, value: Any, default: Any) -> Any:
+    """`value`, perhaps a string from a command line, as the type of `default`, or `UserError`."""
+    try:
+        return _parse(value, default)
+    except (KeyError, TypeError, ValueError):
+        kind = "a list of ints, as 100,200" if isinstance(default, tuple) else type(default).__name__
+        raise UserError(f"{key}={value!r}: the value must be {kind}, as the default {default!r}") from None
 
 
 def _nearest_key(key: str, keys: Mapping[str, Any]) -> str:
@@ -218,9 +222,7 @@ def _refuse():
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises `UserError` where keys are out of range or contradict each other."""
-    for key in ("steps", "batch_rows", "microbatches", "data.seq_len", "checkpoint.keep_last"):
-        if flatten(config)[key] < 1:
-            raise UserError(f"{key}={flatten(config)[key]}: must be at least 1")
+    _check_ranges(flatten(config))
     if config.batch_rows % config.microbatches:
         raise UserError(
             f"batch_rows={config.batch_rows} is not divisible by microbatches={config.microbatches}; change one"
@@ -239,6 +241,29 @@ def check(config: ml_collections.ConfigDict) -> None:
     if any(step > config.steps for step in config.checkpoint.keep):
         raise UserError(f"checkpoint.keep={config.checkpoint.keep} has a step beyond steps={config.steps}")
     _check_assist(config)
+
+
+POSITIVE = ("steps", "batch_rows", "microbatches", "data.seq_len", "checkpoint.keep_last")
+MAY_BE_MINUS_ONE = ("data.order_seed", "assist.teacher_step", "mesh.data", "mesh.fsdp", "mesh.tensor")
+
+
+def _check_ranges(flat: Mapping[str, Any]) -> None:
+    for key, value in flat.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if isinstance(numbers[0] if numbers else "", str | bool):
+            continue
+        least = 1 if key in POSITIVE else -1 if key in MAY_BE_MINUS_ONE else 0
+        for number in numbers:
+            if not least <= number < 2**40:  # NaN is not either
+                raise UserError(f"{key}={number}: must be a finite number of at least {least}")
+    for key in ("seed", "data.order_seed"):
+        if flat[key] >= 2**31:
+            raise UserError(f"{key}={flat[key]}: must be below 2^31")
+    for key in ("optimizer.b1", "optimizer.b2"):
+        if flat[key] >= 1:
+            raise UserError(f"{key}={flat[key]}: must be below 1")
+    if not flat["optimizer.peak_learning_rate"] > 0:
+        raise UserError(f"optimizer.peak_learning_rate={flat['optimizer.peak_learning_rate']}: must be above 0")
 
 
 def _check_fractions(config: ml_collections.ConfigDict) -> None:
@@ -269,8 +294,11 @@ def _check_assist(config: ml_collections.ConfigDict) -> None:
             f"assist.steps={assist.steps} (n_KD) is beyond the run's steps={config.steps}; lower it or use "
             "assist.schedule=constant"
         )
-    if assist.steps < 0 or assist.decay_steps < 0:
-        raise UserError("assist.steps and assist.decay_steps must not be negative")
+    if assist.decay_steps and assist.schedule != "linear":
+        raise UserError(
+            f"assist.decay_steps={assist.decay_steps} has no meaning with assist.schedule={assist.schedule}; set "
+            "assist.schedule=linear"
+        )
     if assist.decay_steps > assisted_steps(config):
         raise UserError(
             f"assist.decay_steps={assist.decay_steps} is longer than stage 1 ({assisted_steps(config)} steps)"

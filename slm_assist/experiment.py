@@ -52,8 +52,9 @@ def build(config: ml_collections.ConfigDict, run: RunDir, say: Say) -> Experimen
       UserError: whatever in the config, its sources or its devices does not fit.
     """
     mesh = make_mesh(config)
-    prepared = prepare(config, run, say=say)
     dtype = compute_dtype(config.compute.dtype, mesh.devices.flat[0])
+    _check_before_data(config, run)
+    prepared = prepare(config, run, say=say)
     model = Transformer(model_config(config, prepared.vocabulary.size), dtype=dtype, remat=config.compute.remat)
     schedule = assist_schedule(
         config.assist.schedule,
@@ -76,6 +77,16 @@ def build(config: ml_collections.ConfigDict, run: RunDir, say: Say) -> Experimen
         stages=stages(schedule, config.steps),
         validation=validation,
     )
+
+
+def _check_before_data(config: ml_collections.ConfigDict, run: RunDir) -> None:
+    """Finds mistakes in model, optimizer and helpers before a corpus is prepared for hours."""
+    make_student(config, Transformer(model_config(config, config.data.vocab_size)))
+    if not run.config.is_file():
+        if config.assist.teacher:
+            helpers_lib.open_run("teacher", config.assist.teacher, config.assist.teacher_step)
+        if config.validation.buckets:
+            helpers_lib.open_run("buckets", config.validation.buckets)
 
 
 def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
@@ -178,7 +189,7 @@ def make_student(config: ml_collections.ConfigDict, model: Transformer) -> Stude
     )
 
 
-def find_teacher(experiment: Experiment, step: int, say: Say) -> helpers_lib.Helper:
+def find_teacher(experiment: Experiment, step: int) -> helpers_lib.Helper:
     """The config's teacher at `step` (-1: the newest), checked but not loaded."""
     return helpers_lib.find(
         "teacher",
@@ -186,7 +197,6 @@ def find_teacher(experiment: Experiment, step: int, say: Say) -> helpers_lib.Hel
         step=step,
         vocabulary=experiment.prepared.vocabulary,
         dtype=experiment.dtype,
-        say=say,
     )
 
 

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from slm_assist import flops
 from slm_assist.assist.helpers import Helper
+from slm_assist.checkpoint import whole_steps
 from slm_assist.errors import UserError
 from slm_assist.experiment import Experiment
 from slm_assist.metrics import MetricsFile, Pairs, TensorBoard, all_finite, means
@@ -56,7 +57,7 @@ class Log:
         clock: Clock,
     ):
         config = experiment.config
-        self._experiment, self._clock = experiment, clock
+        self._experiment, self._run, self._clock = experiment, run, clock
         self._pending: tuple[int, str, Pairs] | None = None
         self._tokens, self._student_flops, self._teacher_flops = meta["tokens"], meta["flops"], meta["teacher_flops"]
         batch_tokens = config.batch_rows * config.data.seq_len
@@ -108,8 +109,10 @@ class Log:
         seconds = self._clock.lap(PHASES[stage])
         if not all_finite(values):
             bad = ", ".join(f"{name} is {value}" for name, value in values.items() if not all_finite({name: value}))
+            last = max(whole_steps(self._run.checkpoints), default=None)
+            kept = "no checkpoint was written yet" if last is None else f"checkpoint {last} is kept"
             raise UserError(
-                f"step {step}: {bad}; the last good checkpoint is kept: lower optimizer.peak_learning_rate, set "
+                f"step {step}: {bad}; {kept}: start over with --fresh and a lower optimizer.peak_learning_rate or with "
                 "optimizer.clip_norm, or look at the data of this step"
             )
         tokens = values.pop("tokens")

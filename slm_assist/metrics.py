@@ -99,9 +99,10 @@ def _scalars(record: Mapping[str, Any], prefix: str = ""):
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `path` whole or not at all."""
+    text = json.dumps(value, indent=2, allow_nan=False)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, allow_nan=False)
+        file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -106,11 +106,6 @@ def make_optimizer(
     )
 
 
-def is_names(x: Any) -> bool:
-    """Whether `x` is the tuple of dimension names of one parameter."""
-    return isinstance(x, tuple) and all(isinstance(name, str) for name in x)
-
-
 def is_matrix(names: sharding.Axes) -> bool:
     """Whether `names` are those of a matrix in each layer: "embed" on one side, the rest on the other.
 
@@ -121,7 +116,7 @@ def is_matrix(names: sharding.Axes) -> bool:
 
 def decay_mask(axes: Any) -> Any:
     """A tree of bools: True for the parameters that weight decay acts on, which are the matrices."""
-    return jax.tree.map(is_matrix, axes, is_leaf=is_names)
+    return jax.tree.map(is_matrix, axes, is_leaf=sharding.is_names)
 
 
 class AdafactorState(NamedTuple):
@@ -213,7 +208,7 @@ def _layer_rms(names, x) -> jax.Array:
 
 def _map_named(function, axes, *trees):
     """`jax.tree.map` with the dimension names as the first argument."""
-    return jax.tree.map(function, axes, *trees, is_leaf=is_names)
+    return jax.tree.map(function, axes, *trees, is_leaf=sharding.is_names)
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Any, axes: Any, mesh: Mesh) -> Any:

@@ -84,6 +84,7 @@ class RunDir:
           UserError: another process trains in this directory, or it cannot be written.
         """
         file = self.path / "LOCK"
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
@@ -109,4 +110,7 @@ class RunDir:
             if os.listdir(self.path) == ["LOCK"]:
                 file.unlink()
                 self.path.rmdir()
+                with contextlib.suppress(OSError):
+                    for folder in made[1:]:
+                        folder.rmdir()
             os.close(descriptor)

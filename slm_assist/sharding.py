@@ -110,13 +110,18 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
 
 
+def is_names(x: Any) -> bool:
+    """Whether `x` is the tuple of dimension names of one array."""
+    return isinstance(x, tuple) and all(isinstance(name, str) for name in x)
+
+
 def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
     """A tree of `NamedSharding` from a tree of dimension names and a tree of things with a `.shape`."""
     return jax.tree.map(
         lambda names, x: NamedSharding(mesh, spec(names, x.shape, mesh)),
         axes,
         shapes,
-        is_leaf=lambda x: isinstance(x, tuple) and all(isinstance(name, str) for name in x),
+        is_leaf=is_names,
     )
 
 

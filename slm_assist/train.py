@@ -74,13 +74,16 @@ def _run(experiment: Experiment, run: RunDir, say: Say) -> None:
     clock = Clock()
     stored = experiment_lib.check_resume(run, experiment)
     saved = max(whole_steps(run.checkpoints), default=0)
-    helpers = _find_helpers(experiment, saved, stored, say)
-    facts = stored or experiment_lib.facts(experiment, helpers)
+    helpers = _find_helpers(experiment, saved, stored)
 
     state, meta, checkpoints = _start(experiment, run, say)
     first = int(state.step)
-    helpers = helpers or _find_helpers(experiment, first, stored, say)
-    params_of = {role: helper.load(mesh, say) for role, helper in helpers.items()}
+    helpers = helpers or _find_helpers(experiment, first, stored)
+    loaded = {role: helper.load(mesh, say) for role, helper in helpers.items()}
+    helpers = {role: helper for role, (helper, _) in loaded.items()}
+    params_of = {role: params for role, (_, params) in loaded.items()}
+    del loaded
+    facts = stored or experiment_lib.facts(experiment, helpers)
     compiled = _compile(experiment, state, helpers, params_of, say)
     validate = validation.validator(experiment, run, compiled["eval"], say)
     clock.restore(meta["seconds"])
@@ -127,14 +130,12 @@ def _due(n: int, every: int, steps: int) -> bool:
     return n == steps or (every > 0 and n > 0 and n % every == 0)
 
 
-def _find_helpers(
-    experiment: Experiment, step: int, stored: dict[str, Any] | None, say: Say
-) -> dict[str, helpers_lib.Helper]:
+def _find_helpers(experiment: Experiment, step: int, stored: dict[str, Any] | None) -> dict[str, helpers_lib.Helper]:
     """The helpers that a run at `step` still needs; their own step is the one the run began with."""
     if not any(stage.name == "assisted" and step < stage.stop for stage in experiment.stages):
         return {}
     at = stored["helpers"]["teacher"]["step"] if stored else experiment.config.assist.teacher_step
-    return {"teacher": experiment_lib.find_teacher(experiment, at, say)}
+    return {"teacher": experiment_lib.find_teacher(experiment, at)}
 
 
 def _start(experiment: Experiment, run: RunDir, say: Say) -> tuple[TrainState, dict[str, Any], Checkpoints]:

@@ -52,9 +52,9 @@ def _buckets(experiment: Experiment, sums: Callable, say: Say) -> np.ndarray:
     buckets = perplexity.read_buckets(file)
     if buckets is None:
         helper = helpers_lib.find(
-            "buckets", name, step=-1, vocabulary=experiment.prepared.vocabulary, dtype=experiment.dtype, say=say
+            "buckets", name, step=-1, vocabulary=experiment.prepared.vocabulary, dtype=experiment.dtype
         )
-        params = helper.load(experiment.mesh, say)
+        helper, params = helper.load(experiment.mesh, say)
         step = jax.jit(
             functools.partial(steps.eval_step, model=helper.model, block_bytes=experiment.student.block_bytes),
             out_shardings=sharding.replicated(experiment.mesh),

@@ -114,7 +114,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert cli.main(["train", "--run_dir", str(tmp_path / "x"), "--stesp=1"]) == 2
     assert "did you mean steps" in capsys.readouterr().err
     assert cli.main(["train", "--run_dir", str(tmp_path / "x"), "--steps"]) == 2
-    assert "has no value" in capsys.readouterr().err
+    assert "keys are set with --key=value" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path / "nothing")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("slm-assist: error:") and error.count("\n") == 1

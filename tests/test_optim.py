@@ -35,7 +35,7 @@ def gradients(step):
         return (size * rng.normal(size=x.shape)).astype(np.float32)
 
     axes = Transformer(CONFIG).logical_axes()
-    return jax.tree.map(gradient, axes, parameters(), is_leaf=optim.is_names)
+    return jax.tree.map(gradient, axes, parameters(), is_leaf=sharding.is_names)
 
 
 def three_updates(optimizer, params, grads_at, init=None):

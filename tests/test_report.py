@@ -208,10 +208,17 @@ def test_seeds_are_paired_and_give_t_intervals(tmp_path):
     # each seed is timed to its own baseline's quality
     expected = [200 + 100 * (2.4 - base[s]) / (2.4 - salt[s]) for s in range(3)]
     assert method.to_target["steps"].values == pytest.approx(expected)
-    limit = 4.303 * statistics.stdev(base.values()) * math.sqrt(2 / 3)
+    assert comparison.noise == {"threshold": pytest.approx(half), "source": "pairs", "seeds": 3}
+    assert f"holds 0; the widest is ±{half:.3f}" in said(comparison)
+    assert "which cannot be told from noise" in said(comparison)
+
+
+def test_one_seed_against_three_is_judged_by_the_spread_of_the_three(tmp_path):
+    base = {0: 2.00, 1: 2.10, 2: 2.05}
+    comparison = report.compare(seeds(tmp_path, base, {0: 1.95}))
+    limit = 4.303 * statistics.stdev(base.values()) * math.sqrt(1 / 3 + 1)
     assert comparison.noise == {"threshold": pytest.approx(limit), "source": "seeds", "seeds": 3}
     assert f"3 seeds: a difference in final log-perplexity below {limit:.3f}" in said(comparison)
-    assert "which cannot be told from noise" in said(comparison)
 
 
 def test_a_target_that_some_seeds_miss_has_no_mean(tmp_path):
@@ -242,7 +249,7 @@ def test_t_quantiles_and_crossings():
                                          ("objective", "objective")])  # fmt: skip
 def test_runs_that_differ_are_not_ranked(tmp_path, fact, words):
     runs = [fabricate(tmp_path / "baseline"), fabricate(tmp_path / "salt", facts={fact: "other"})]
-    with pytest.raises(UserError, match=f"salt: its {words} \\(other\\) differ from that of .*baseline") as error:
+    with pytest.raises(UserError, match=f"salt: its {words} \\(other\\) differs from that of .*baseline") as error:
         report.compare(runs)
     assert "\n" not in str(error.value)
 

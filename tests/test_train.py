@@ -115,8 +115,8 @@ def test_teacher_is_gone_after_stage_1_and_resume_does_not_need_it(tmp, salt, mo
     before = live_embeddings()
 
     def remember(self, *args, **options):
-        alive["params"] = load(self, *args, **options)
-        return alive["params"]
+        helper, alive["params"] = load(self, *args, **options)
+        return helper, alive["params"]
 
     def look():
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(alive.pop("params")))
@@ -160,9 +160,15 @@ def test_teacher_step_is_fixed_when_the_run_starts(tmp, monkeypatch):
 def test_half_written_teacher_falls_back_to_the_newest_whole_one(tmp):
     shutil.copytree(tmp / "small_lm", tmp / "half")
     (tmp / "half" / "checkpoints" / "12" / "_CHECKPOINT_METADATA").unlink()
-    run = tiny.run(tmp, "of-half", assist__teacher=str(tmp / "half"), **SALT)
+    messages: list[str] = []
+    run = tiny.run(tmp, "of-half", messages=messages, assist__teacher=str(tmp / "half"), **SALT)
     step = json.loads(run.config.read_text())["facts"]["helpers"]["teacher"]["step"]
-    assert step == 9
+    assert step == 9 and any("checkpoint 12 is not whole; using 9" in message for message in messages)
+    for file in (tmp / "half" / "checkpoints" / "9" / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    run = tiny.run(tmp, "of-damaged", assist__teacher=str(tmp / "half"), **SALT)
+    assert json.loads(run.config.read_text())["facts"]["helpers"]["teacher"]["step"] == 4
 
 
 def test_damaged_newest_checkpoint_goes_on_from_the_one_before(tmp, salt):

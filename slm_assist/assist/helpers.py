@@ -17,11 +17,11 @@ from slm_assist.run_dir import RunDir
 
 @dataclasses.dataclass(frozen=True)
 class Helper:
-    """A small LM in a role, before its parameters are read."""
+    """A small LM in a role."""
 
     role: str  # "teacher"
     run: RunDir
-    step: int  # the saved step it is taken from
+    step: int  # the saved step it is taken from; -1 until `load` has found the newest whole one
     model: Transformer
 
     def facts(self) -> dict[str, Any]:
@@ -40,19 +40,18 @@ class Helper:
             lambda x: jax.ShapeDtypeStruct(x.shape, self.model.dtype, sharding=whole), self.model.shapes()
         )
 
-    def load(self, mesh: Mesh, say: Callable[[str], None] = print) -> Any:
-        """Its parameters, on the devices.
+    def load(self, mesh: Mesh, say: Callable[[str], None] = print) -> tuple["Helper", Any]:
+        """The helper with the step that was found, and its parameters on the devices.
 
         Raises:
           UserError: the checkpoint is gone or cannot be read.
         """
-        params, _ = checkpoint.restore_params(self.run.checkpoints, self.shapes(mesh), step=self.step, say=say)
-        return params
+        like = self.shapes(mesh)
+        params, step = checkpoint.restore_params(self.run.checkpoints, like, step=self.step, say=say)
+        return dataclasses.replace(self, step=step), params
 
 
-def find(
-    role: str, directory: str, *, step: int, vocabulary: Vocabulary, dtype: jnp.dtype, say: Callable[[str], None]
-) -> Helper:
+def find(role: str, directory: str, *, step: int, vocabulary: Vocabulary, dtype: jnp.dtype) -> Helper:
     """The helper in a run's directory, checked against the student's vocabulary.
 
     Args:
@@ -65,7 +64,7 @@ def find(
     Raises:
       UserError: no such run or step, or vocabularies that differ.
     """
-    run = open_run(role, directory)
+    run = open_run(role, directory, step)
     model = Transformer(ModelConfig.from_json(run.read(run.model)), dtype=dtype)
     difference = compare(vocabulary, Vocabulary.load(run.tokenizer))
     if difference:
@@ -73,29 +72,29 @@ def find(
             f"assist.{role}={directory}: its vocabulary is not the student's ({difference}); train both with one "
             "data.vocabulary"
         )
-    return Helper(role, run, _readable_step(run, step, say), model)
+    return Helper(role, run, step, model)
 
 
-def open_run(role: str, directory: str) -> RunDir:
-    """The run in `directory`, or `UserError` where there is none."""
+def open_run(role: str, directory: str, step: int = -1) -> RunDir:
+    """The run in `directory`, which has a checkpoint at `step` (-1: at any step).
+
+    Raises:
+      UserError: there is no run, or no such checkpoint; says what there is.
+    """
     run = RunDir(directory)
     if not run.path.is_dir():
         raise UserError(f"assist.{role}={directory}: there is no such directory; name the small LM's run directory")
-    return run
-
-
-def _readable_step(run: RunDir, step: int, say: Callable[[str], None]) -> int:
+    if not run.model.is_file():
+        raise UserError(f"assist.{role}={directory}: not a run directory, it has no {run.model.name}")
     kept = checkpoint.whole_steps(run.checkpoints)
     if not kept:
         raise UserError(f"{run}: has no whole checkpoint; train that run first, or name another directory")
-    if step == -1:
-        return kept[-1]
-    if step not in kept:
+    if step != -1 and step not in kept:
         raise UserError(
             f"{run}: step {step} was not kept; there are {', '.join(map(str, kept))} (checkpoint.keep={step} in "
             "its own run keeps it)"
         )
-    return step
+    return run
 
 
 def drop(helpers: dict[str, Any]) -> None:

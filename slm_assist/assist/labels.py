@@ -1,15 +1,15 @@
 """Labels: the next token (hard) and the small LM's predictions for the student's own inputs (soft)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from slm_assist.losses import Loss, TokenInfo, blocked
+from slm_assist.losses import Loss, blocked
+from slm_assist.losses.common import Weight
 from slm_assist.models import Transformer
 
 Batch = Mapping[str, jax.Array]
-Weight = float | jax.Array | Callable[[TokenInfo], jax.Array]
 
 
 class SoftLabels(NamedTuple):

@@ -26,6 +26,7 @@ _SPACE = "\u2581"
 _PIECE_CHARS = 16_384  # long documents are sampled in pieces of this many characters
 _COVERAGE = 0.9995  # of the text, by characters with pieces of their own
 _RESERVED = 259  # 256 bytes, unknown, beginning, end
+SMALLEST = _RESERVED + 61  # pieces of the smallest vocabulary that is learnt
 
 
 class Vocabulary:
@@ -128,11 +129,6 @@ def compare(a: Vocabulary, b: Vocabulary) -> str | None:
     return None
 
 
-def same_pieces(a: Vocabulary, b: Vocabulary) -> bool:
-    """Whether ids mean the same in both vocabularies."""
-    return compare(a, b) is None
-
-
 def train_vocabulary(texts: Iterable[str], size: int, *, sample_bytes: int = SAMPLE_BYTES) -> Vocabulary:
     """Learns a BPE vocabulary of `size` pieces from about `sample_bytes` of `texts`, spread evenly over them.
 
@@ -141,8 +137,8 @@ def train_vocabulary(texts: Iterable[str], size: int, *, sample_bytes: int = SAM
     Raises:
       UserError: `size` is too small for an alphabet, or more than the text can fill (says what would do).
     """
-    if size < _RESERVED + 61:
-        raise UserError(f"vocab_size={size}: use at least {_RESERVED + 61} (256 pieces are the bytes)")
+    if size < SMALLEST:
+        raise UserError(f"data.vocab_size={size}: use at least {SMALLEST} (256 pieces are the bytes)")
     sample = _even_sample(texts, sample_bytes)
     if not sample:
         raise UserError("there is no text to learn a vocabulary from")
@@ -171,9 +167,8 @@ def train_vocabulary(texts: Iterable[str], size: int, *, sample_bytes: int = SAM
         limit = re.search(r"value <= (\d+)", str(error))
         if not limit:
             raise
-        raise UserError(
-            f"vocab_size={size} is more than the training text can fill: use {limit[1]} or less, or more text"
-        ) from error
+        cure = f"use {limit[1]} or less, or more text" if int(limit[1]) >= SMALLEST else "give more text"
+        raise UserError(f"data.vocab_size={size} is more than the training text can fill: {cure}") from error
     return Vocabulary(out.getvalue())
 
 

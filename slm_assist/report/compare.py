@@ -125,7 +125,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
             one, other = (str(r.facts[fact])[:12] for r in (runs[0], run))
             if runs[0].facts[fact] != run.facts[fact]:
                 raise UserError(
-                    f"{run.path}: its {words} ({other}) differ from that of {runs[0].path} ({one}), so the "
+                    f"{run.path}: its {words} ({other}) differs from that of {runs[0].path} ({one}), so the "
                     "two cannot be ranked; report them apart"
                 )
 
@@ -309,6 +309,9 @@ def _noise(methods: Sequence[Method], base: Method | None) -> dict[str, Any]:
         return {"threshold": None, "source": "none", "seeds": len(base.runs) if base else 0}
     seeds, finals = len(base.runs), base.final["log_perplexity"].values
     if seeds > 1:
+        widths = [m.difference.half_width for m in others]
+        if others and None not in widths:
+            return {"threshold": max(widths), "source": "pairs", "seeds": seeds}
         n_other = min((len(m.runs) for m in others), default=seeds)
         limit = stats.least_significant_difference(finals, n_other)
         return {"threshold": limit, "source": "seeds", "seeds": seeds}

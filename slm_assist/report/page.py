@@ -39,7 +39,7 @@ CAPTIONS = {
     "soft labels and are compared nowhere. Below: the last half of BASELINE's run, enlarged. Dotted: where soft labels "
     "end. Dashed: BASELINE's final quality. The learning rate of a point is that of the running schedule.",
     "seconds.png": "The same against seconds of training, without compilation, validation and saves.",
-    "buckets.png": "Validation rows in thirds by the loss of one named run, the same rows throughout.",
+    "buckets.png": "Validation rows in thirds by the loss of the run that the configs' validation.buckets names.",
     "cost.png": "Where the time of each run went.",
 }
 

@@ -67,6 +67,11 @@ def _times(ratio: float) -> str:
 def _noise(comparison: Comparison) -> str:
     noise, seeds = comparison.noise, comparison.noise["seeds"]
     limit = f"{noise['threshold']:.3f} nats a token" if noise["threshold"] is not None else ""
+    if noise["source"] == "pairs":
+        return (
+            f"{seeds} seeds: a difference in final log-perplexity is noise where its 95 % interval (paired by seed "
+            f"where seeds agree) holds 0; the widest is ±{limit}."
+        )
     if noise["source"] == "seeds":
         return (
             f"{seeds} seeds: a difference in final log-perplexity below {limit} is noise (least significant "
