@@ -1,6 +1,8 @@
 """BASELINE: the large LM by itself; w = 0 throughout.
 
 slm-assist train experiments/baseline.py --run_dir=runs/baseline
+
+In the quickstart (300 steps): 3.809 nats a token. See experiments/results/quickstart/.
 """
 
 OVERRIDES = {

@@ -3,6 +3,9 @@
     slm-assist train experiments/rkd.py --run_dir=runs/rkd
 
 The paper's second baseline: early it is ahead, at the end the small LM holds the large one back.
+
+In the quickstart (300 steps): 3.923 nats a token against BASELINE's 3.809, at 1.12 of its FLOPs. See
+experiments/results/quickstart/.
 """
 
 OVERRIDES = {

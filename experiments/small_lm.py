@@ -3,6 +3,8 @@
     slm-assist train experiments/small_lm.py --run_dir=runs/small_lm
 
 Its checkpoint at 12 % of the run is kept beside the last ones: the early judge of data that SALT_DS scores with.
+
+In the quickstart (300 steps): 4.156 nats a token, at 0.35 of BASELINE's FLOPs. See experiments/results/quickstart/.
 """
 
 OVERRIDES = {
