@@ -9,4 +9,5 @@ OVERRIDES = {
     "name": "BASELINE",
     "steps": 1000,
     "model.size": "laptop-large",
+    "optimizer.peak_learning_rate": 8e-3,
 }

@@ -75,7 +75,6 @@ def _shared_overrides(options: argparse.Namespace, given: dict[str, str]) -> dic
         "data.source": options.data,
         "data.domain_field": options.domain_field,
         "data.validation_fraction": _validation_fraction(options.data),
-        "optimizer.peak_learning_rate": 8e-3,
         "validation.every": -(-steps // 12),
         "validation.rows": 160,
         "checkpoint.every": max(1, steps // 4),

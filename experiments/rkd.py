@@ -12,6 +12,7 @@ OVERRIDES = {
     "name": "RKD",
     "steps": 1000,
     "model.size": "laptop-large",
+    "optimizer.peak_learning_rate": 8e-3,
     "assist.schedule": "constant",
     "assist.teacher": "runs/small_lm",
 }

@@ -11,5 +11,6 @@ OVERRIDES = {
     "name": "small LM",
     "steps": 1000,
     "model.size": "laptop-small",
+    "optimizer.peak_learning_rate": 8e-3,
     "checkpoint.keep_fraction": 0.12,
 }
