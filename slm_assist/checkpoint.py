@@ -141,6 +141,23 @@ def whole_steps(directory: Path) -> list[int]:
     )
 
 
+def check_step(directory: Path, step: int) -> list[int]:
+    """The whole checkpoints in `directory`, `step` (-1: any) among them.
+
+    Raises:
+      UserError: there is none, or not this one (those kept are listed).
+    """
+    steps = whole_steps(directory)
+    if not steps:
+        raise UserError(f"{directory}: no whole checkpoint there; train that run first, or name another directory")
+    if step != -1 and step not in steps:
+        raise UserError(
+            f"{directory}: step {step} was not kept; there are {', '.join(map(str, steps))} (checkpoint.keep={step} in "
+            "its own run keeps it)"
+        )
+    return steps
+
+
 def restore_params(
     directory: Path, like: Any, *, step: int = -1, say: Callable[[str], None] = print
 ) -> tuple[Any, int]:
@@ -153,14 +170,7 @@ def restore_params(
     Raises:
       UserError: there is no checkpoint, not this one (those kept are listed), or none can be read.
     """
-    steps = whole_steps(directory)
-    if not steps:
-        raise UserError(f"{directory}: no whole checkpoint there; train that run first, or name another directory")
-    if step != -1 and step not in steps:
-        raise UserError(
-            f"{directory}: step {step} was not kept; there are {', '.join(map(str, steps))} "
-            "(checkpoint.keep=STEP keeps one)"
-        )
+    steps = check_step(directory, step)
     candidates = [step] if step != -1 else steps[::-1]
     started = {int(found[0]) for path in directory.iterdir() if (found := re.match(r"\d+", path.name))}
     for candidate in candidates:

@@ -14,12 +14,14 @@ from slm_assist.errors import UserError
 from slm_assist.models import ModelConfig, Transformer
 from slm_assist.run_dir import RunDir
 
+KEYS = {"teacher": "assist.teacher", "buckets": "validation.buckets"}  # where the config names a role's run
+
 
 @dataclasses.dataclass(frozen=True)
 class Helper:
     """A small LM in a role."""
 
-    role: str  # "teacher"
+    role: str  # one of KEYS
     run: RunDir
     step: int  # the saved step it is taken from; -1 until `load` has found the newest whole one
     model: Transformer
@@ -55,7 +57,7 @@ def find(role: str, directory: str, *, step: int, vocabulary: Vocabulary, dtype:
     """The helper in a run's directory, checked against the student's vocabulary.
 
     Args:
-      role: what it does, as `teacher`.
+      role: one of `KEYS`.
       directory: the run that trained it.
       step: one of that run's saved steps, or -1 for the newest whole checkpoint.
       vocabulary: the student's.
@@ -69,7 +71,7 @@ def find(role: str, directory: str, *, step: int, vocabulary: Vocabulary, dtype:
     difference = compare(vocabulary, Vocabulary.load(run.tokenizer))
     if difference:
         raise UserError(
-            f"assist.{role}={directory}: its vocabulary is not the student's ({difference}); train both with one "
+            f"{KEYS[role]}={directory}: its vocabulary is not the student's ({difference}); train both with one "
             "data.vocabulary"
         )
     return Helper(role, run, step, model)
@@ -83,17 +85,10 @@ def open_run(role: str, directory: str, step: int = -1) -> RunDir:
     """
     run = RunDir(directory)
     if not run.path.is_dir():
-        raise UserError(f"assist.{role}={directory}: there is no such directory; name the small LM's run directory")
+        raise UserError(f"{KEYS[role]}={directory}: there is no such directory; name the small LM's run directory")
     if not run.model.is_file():
-        raise UserError(f"assist.{role}={directory}: not a run directory, it has no {run.model.name}")
-    kept = checkpoint.whole_steps(run.checkpoints)
-    if not kept:
-        raise UserError(f"{run}: has no whole checkpoint; train that run first, or name another directory")
-    if step != -1 and step not in kept:
-        raise UserError(
-            f"{run}: step {step} was not kept; there are {', '.join(map(str, kept))} (checkpoint.keep={step} in "
-            "its own run keeps it)"
-        )
+        raise UserError(f"{KEYS[role]}={directory}: not a run directory, it has no {run.model.name}")
+    checkpoint.check_step(run.checkpoints, step)
     return run
 
 
