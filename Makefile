@@ -7,17 +7,20 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
 .PHONY: quickstart test test-all lint clean
 
-$(VENV)/installed: setup.py
+$(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed; this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test]'
+	$(PYTHON) -m venv $(VENV)
+
+# The core for the quickstart; for the tests also what the other doors need: seqio, TensorFlow, Beam
+$(VENV)/core $(VENV)/test: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.$(if $(filter %test,$@),[test])'
 	touch $@
 
 # Options for the quickstart: make quickstart ARGS='--data text:my/*.txt --seeds 3'
-quickstart: $(VENV)/installed
+quickstart: $(VENV)/core
 	$(BIN)/python experiments/quickstart.py $(ARGS)
 
-lint: $(VENV)/installed
+lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

@@ -17,13 +17,24 @@ CORE = [
     "matplotlib>=3.9",
     "pandas>=2.2",
     "zstandard>=0.23",
+    "tokenizers>=0.21",
+    "etils[epath]>=1.12",
 ]
 EXTRAS = {
+    # seqio and tfds bring TensorFlow; pyarrow and array_record read Parquet and ArrayRecord
+    "data": [
+        "seqio>=0.0.20",
+        "tensorflow-datasets>=4.9.9",
+        "importlib_resources",
+        "pyarrow>=18",
+        "array_record>=0.8",
+    ],
+    # Beam holds protobuf below 7, and SentencePiece 0.2.3 needs it above
+    "beam": ["apache-beam>=2.70", "sentencepiece<0.2.3"],
     "gpu": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
-    # scipy is here for `python:`, the embedded corpus, which reads its sources (jax brings it anyway)
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "scipy>=1.13"],
 }
+EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", *EXTRAS["data"], *EXTRAS["beam"]]
 EXTRAS["all"] = EXTRAS["test"]
 
 setup(

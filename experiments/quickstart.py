@@ -1,13 +1,13 @@
-"""What is a small LM worth? Trains one, then a larger LM three ways, and writes it all on one page.
+"""What is a small LM worth? Trains one, then a larger LM four ways, and writes it all on one page.
 
     python experiments/quickstart.py                                  # the Python sources you have: no download
     python experiments/quickstart.py --data 'text:books/*.txt'        # your own text
     python experiments/quickstart.py --data 'jsonl:pile/*.jsonl.zst' --domain_field meta.pile_set_name
     python experiments/quickstart.py --seeds 3                        # intervals; three times as long
 
-Four runs, each resumable (the same command again goes on): the small LM, BASELINE (no help), RKD (soft labels
-for the whole run), SALT (soft labels at first, then none). All see the same rows in the same order. The page
-is OUT/report.html.
+Five runs, each resumable (the same command again goes on): the small LM, BASELINE (no help), RKD (soft labels for the
+whole run), SALT (soft labels at first, then none) and SALT_DS (and the rows of that first part chosen by the small
+LM). All but SALT_DS see the same rows in the same order. The page is OUT/report.html.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from slm_assist.run_dir import RunDir
 from slm_assist.train import Stopped, train
 
 HERE = Path(__file__).parent
-METHODS = ("small_lm", "baseline", "rkd", "salt")
+METHODS = ("small_lm", "baseline", "rkd", "salt", "salt_ds")
 STEPS = 300
 SMALL_TEXT = 40e6  # bytes of text below which more than 1 % is held out, so that validation is not all noise
 
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shared_overrides(options: argparse.Namespace, given: dict[str, str]) -> dict[str, Any]:
-    """What all four runs have in common; a number of steps among `given` takes the place of --scale."""
+    """What all runs have in common; a number of steps among `given` takes the place of --scale."""
     if not 0 < options.scale < 1e6 or options.seeds < 1:
         raise UserError("--scale must be above 0 and --seeds at least 1")
     steps = config.parse("steps", given.get("steps", max(20, round(STEPS * options.scale))), STEPS)
@@ -93,8 +93,10 @@ def run_method(method: str, seed: int, out: Path, shared: dict[str, Any]) -> Run
     overrides = shared | {"seed": seed, "data.order_seed": seed}
     if method != "small_lm":
         overrides["validation.buckets"] = str(out / "seed-0" / "small_lm")  # one cut for all seeds
-    if method in ("rkd", "salt"):
+    if method in ("rkd", "salt", "salt_ds"):
         overrides["assist.teacher"] = str(directory / "small_lm")
+    if method == "salt_ds":
+        overrides["select.scorer_step"] = -1  # after 12 % of so few updates, too little is in the top 10 to choose by
     resolved, _ = config.resolve(str(HERE / f"{method}.py"), overrides)
     return train(resolved, str(directory / method))
 

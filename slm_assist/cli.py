@@ -2,14 +2,18 @@
 
 slm-assist train experiments/salt.py --run_dir=runs/salt --assist.teacher=runs/small_lm
 slm-assist prepare --data.source='jsonl:pile/*.jsonl.zst' --data.domain_field=meta.pile_set_name
+slm-assist score experiments/salt_ds_offline.py --out=runs/scores
+slm-assist select runs/scores --ratio=0.2 --out=runs/top_fifth.npz
 slm-assist report runs/baseline runs/salt --out=report
 """
 
 import argparse
+import functools
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from slm_assist.errors import UserError
 
@@ -18,18 +22,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0 done, 2 a mistake that a line explains, 128 + n signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if options.command is None:
-        parser.print_help()
-        return 0
     try:
+        options, rest = parser.parse_known_args(arguments)
+        if options.command is None:
+            parser.print_help()
+            return 0
         signal.signal(signal.SIGTERM, _terminate)
         return options.run(options, parse_overrides(rest))
     except UserError as error:
         print(f"slm-assist: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print("slm-assist: stopped before anything was trained; the same command starts again", file=sys.stderr)
+        print("slm-assist: stopped; the same command goes on, or starts again", file=sys.stderr)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
@@ -77,6 +81,22 @@ def _parser() -> argparse.ArgumentParser:
         "slm-assist prepare --data.source='text:books/*.txt'",
     )
     prepare.add_argument("experiment", nargs="?", default="", help="a file of overrides (see experiments/)")
+    prepare.add_argument("--part", help="I/N: make part I of N, counted from 0; whoever makes the last one joins them")
+    prepare.add_argument("--beam", type=_number(int), default=0, help="parts to make as an Apache Beam pipeline")
+    prepare.add_argument(
+        "--beam_options", default="", help="Beam's own options, in one word: '--runner=... --project=...'"
+    )
+
+    score = command(
+        "score",
+        _score,
+        "score every row of a corpus by a small LM",
+        "slm-assist score experiments/salt_ds_offline.py --out=runs/scores --assist.teacher=runs/small_lm",
+    )
+    score.add_argument("experiment", nargs="?", default="", help="a file of overrides (see experiments/)")
+    score.add_argument("--out", required=True, help="directory of the scores; the same command again goes on with it")
+    score.add_argument("--part", help="I/N: this process is I of N that share the work")
+    _add_select(command)
 
     report = command(
         "report",
@@ -89,7 +109,50 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline", help="name or directory of the run to compare with; by default the one without help"
     )
     report.add_argument("--out", default="report", help="directory for report.html, PNGs and results.json")
+    report.add_argument("--scores", default="", help="directories of scores to show, separated by commas")
+    report.add_argument("--lists", default="", help="lists of rows to compare, separated by commas")
     return parser
+
+
+def _add_select(command: Callable[..., argparse.ArgumentParser]) -> None:
+    select = command(
+        "select",
+        _select,
+        "choose rows by their scores and write the list",
+        "slm-assist select runs/scores --ratio=0.2 --out=runs/top_fifth.npz",
+    )
+    select.add_argument("scores", help="a directory that `slm-assist score` wrote")
+    select.add_argument("--out", required=True, help="the list, a file .npz")
+    select.add_argument("--rule", default="top", help="top | band | gumbel | random")
+    select.add_argument("--rows", type=_number(int), default=0, help="how many rows to keep, or")
+    select.add_argument("--ratio", type=_number(float), default=0.0, help="which part of them")
+    select.add_argument("--low", type=_number(float), default=0.0, help="band: from this quantile of the scores")
+    select.add_argument("--high", type=_number(float), default=1.0, help="band: to this one")
+    select.add_argument("--tau", type=_number(float), default=0.1, help="gumbel: scale of the noise on the scores")
+    select.add_argument("--seed", type=_number(int), default=0, help="gumbel, random: of the draw")
+    select.add_argument("--quotas", default="", help="natural | even | DOMAIN=SHARE,...: a share for each domain")
+
+
+def _number(kind: type) -> Callable[[str], Any]:
+    def number(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise UserError(
+                f"{text!r} is not a number; give {'a whole one' if kind is int else 'one such as 0.2'}"
+            ) from None
+
+    return number
+
+
+def parse_part(text: str | None) -> tuple[int, int] | None:
+    """`I/N` as (I, N), 0 <= I < N."""
+    if not text:
+        return None
+    index, slash, count = text.partition("/")
+    if slash and index.isdecimal() and count.isdecimal() and int(index) < int(count):
+        return int(index), int(count)
+    raise UserError(f"--part={text}: give I/N, process I of N counted from 0, as 0/4")
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -126,19 +189,59 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 def _prepare(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # preparing needs no accelerator; leave it to others
     from slm_assist import config
-    from slm_assist.experiment import prepare
+    from slm_assist.corpus import prepare, prepare_as_told
 
+    part = parse_part(options.part)
     resolved, _ = config.resolve(options.experiment, overrides)
-    print(prepare(resolved, say=print).path)
+    if options.beam:
+        from slm_assist.data import beam
+
+        make = functools.partial(prepare_as_told, config.to_dict(resolved))
+        beam.prepare(make, options.beam, options.beam_options.split())
+    prepared = prepare(resolved, say=print, part=part)
+    print(prepared.path if prepared else "this part is made; the rows are joined when all are there")
     return 0
 
 
-def _report(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+def _score(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from slm_assist import config
+    from slm_assist.scoring import Stopped, score
+
+    part = parse_part(options.part)
+    # The experiment may be one that reads the list to come.
+    scoring = {"select.rows": "online", "select.list": "", "select.rule": "top"}
+    resolved, _ = config.resolve(options.experiment, scoring | overrides)
+    try:
+        print(score(resolved, options.out, part=part))
+    except Stopped as stop:
+        print(f"slm-assist: {stop}", file=sys.stderr)
+        return 128 + stop.signal
+    return 0
+
+
+def _select(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    _refuse(overrides, "select")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from slm_assist.assist.row_list import parse_quotas
+    from slm_assist.selecting import select
+
+    names = ("rule", "rows", "ratio", "low", "high", "tau", "seed")
+    chosen = {name: getattr(options, name) for name in names}
+    print(select(options.scores, options.out, quotas=parse_quotas(options.quotas), **chosen).path)
+    return 0
+
+
+def _refuse(overrides: dict[str, str], command: str) -> None:
     if overrides:
-        raise UserError(f"--{next(iter(overrides))} is not an option of report; see slm-assist report --help")
+        raise UserError(f"--{next(iter(overrides))} is not an option of {command}; see slm-assist {command} --help")
+
+
+def _report(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    _refuse(overrides, "report")
     from slm_assist import report
 
-    report.run_report(options.runs, options.out, baseline=options.baseline)
+    more = {name: [word for word in getattr(options, name).split(",") if word] for name in ("scores", "lists")}
+    report.run_report(options.runs, options.out, baseline=options.baseline, **more)
     return 0
 
 

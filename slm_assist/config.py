@@ -14,7 +14,8 @@ from typing import Any
 
 import ml_collections
 
-from slm_assist.errors import UserError, nearest, one_of
+from slm_assist.config_rules import check, flatten
+from slm_assist.errors import UserError, nearest
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -37,14 +38,24 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.scan_layers = "auto"  # true: one compiled layer, repeated | false: unrolled | auto: as the size says
 
     c.data = ml_collections.ConfigDict()
-    c.data.source = "python:"  # python: | text:GLOB[,GLOB] | jsonl:GLOB[,GLOB] (also .gz .xz .zst)
+    c.data.source = "python:"  # python: | text: jsonl: pile: parquet: array_record: nanogpt: megatron: + GLOB[,GLOB] |
+    # tfds:NAME:SPLIT | seqio:NAME. data/sources.py says more of each; files may be .gz .xz .zst and on gs://
+    c.data.stream = False  # seqio: read rows as they come, without preparing them (the task's own order and packing)
     c.data.validation = ""  # a source of its own for validation; empty: a part of data.source
     c.data.validation_fraction = 0.01  # of the documents (python: of the bytes), by a stable hash
-    c.data.text_field = "text"  # jsonl: the field with the text
-    c.data.domain_field = ""  # jsonl: dotted field with the domain, as meta.pile_set_name; empty: one domain
+    c.data.text_field = "text"  # jsonl, parquet, array_record, tfds, seqio: the field with the text
+    c.data.domain_field = ""  # dotted field with the domain, as meta.pile_set_name; empty: one domain
+    c.data.domain_weights = ""  # DOMAIN=WEIGHT,... | natural | pile (its published ones, the default of pile:)
     c.data.seq_len = 256  # T: tokens the model sees in a row (a row stores T+1)
-    c.data.vocabulary = ""  # SentencePiece model or run directory; empty: the teacher's, else train one
+    c.data.vocabulary = ""  # SentencePiece model, tokenizer.json or run directory; empty: the teacher's, else train one
     c.data.vocab_size = 2048  # pieces, when a vocabulary is trained
+    c.data.sentinels = -1  # ids behind the pieces that stand for corrupted spans; -1: as many as the objective needs
+    c.data.objective = "causal"  # causal | prefix | span | ul2 (a mixture by segment) | package.module:function
+    c.data.ul2_causal = 0.6  # ul2: share of segments for next-token prediction (the paper's proportions)
+    c.data.ul2_prefix = 0.2  # with a bidirectional prefix
+    c.data.ul2_span = 0.2  # with corrupted spans
+    c.data.corrupted = 0.15  # span: share of a segment's tokens that are corrupted
+    c.data.span_length = 3.0  # span: mean tokens of a corrupted span
     c.data.cache_dir = "~/.cache/slm_assist"  # prepared rows and vocabularies, keyed by content  [resume]
     c.data.cores = 0  # threads that prepare; 0: as many as cores  [resume]
     c.data.order_seed = -1  # the order of the rows; -1: seed
@@ -67,14 +78,40 @@ def get_config() -> ml_collections.ConfigDict:
     c.loss.block_bytes = 0  # largest float32 block of logits; 0: 16 MiB on CPUs, 512 MiB elsewhere  [resume]
 
     c.assist = ml_collections.ConfigDict()
-    c.assist.schedule = "none"  # none (BASELINE) | constant (RKD) | step (SALT) | linear
+    c.assist.schedule = "none"  # none (BASELINE) | constant (RKD) | step (SALT) | linear | ratio | auto
     c.assist.teacher = ""  # run directory of the small LM whose soft labels are learnt
     c.assist.teacher_step = -1  # its saved step; -1: the newest whole one
     c.assist.weight = 0.667  # w: the loss is (1-w) cross-entropy + w CE(teacher, student)
     c.assist.temperature = 1.0  # divides the teacher's logits: below 1 sharpens, above 1 softens
-    c.assist.steps = 0  # n_KD: updates with the small LM; 0: assist.fraction of the run
-    c.assist.fraction = 0.173  # the paper's 36K of 208K
-    c.assist.decay_steps = 0  # linear: updates over which w goes to 0, at the end of stage 1; 0: half of it
+    c.assist.top_k = 0  # only the teacher's k likeliest tokens, renormalised; 0: all
+    c.assist.steps = 0  # n_KD: updates with the small LM (auto: at most); 0: assist.fraction of the run
+    c.assist.fraction = 0.173  # the paper's 36K of 208K; with auto 0.4 is a better cap
+    c.assist.decay_steps = 0  # linear, ratio: updates at the end of stage 1 over which w goes to 0; 0: half of it
+    c.assist.margin = 0.005  # auto: stage 1 ends when the student's accuracy is within this of the teacher's,
+    c.assist.window = 50  # auto: both smoothed over about this many updates,
+    c.assist.patience = 3  # auto: or when so many validations brought no better cross-entropy; 0: not by that
+
+    c.select = ml_collections.ConfigDict()
+    c.select.rows = "all"  # all | online (candidates scored on the device) | list (rows chosen before, select.list)
+    c.select.score = "salt"  # salt | perplexity | difference | excess | learnability | package.module:function
+    c.select.k = 10  # salt: a token counts where it is among the scorer's k likeliest
+    c.select.masked = "zero"  # salt: other tokens count as 0 (zero) or not at all (drop)
+    c.select.statistic = "median"  # salt: over a row's tokens: median | mean | upper_quartile | lower_quartile
+    c.select.rule = "top"  # online: top | band | gumbel | random | threshold | package.module:function
+    c.select.pool_factor = 5  # online: candidates for each row that is kept
+    c.select.band = 0.5  # band: which part of the ranked candidates; 0 lowest, 0.5 middle, 1 highest scores
+    c.select.noise = 0.1  # gumbel: scale of the noise that is added to the scores (tau)
+    c.select.threshold_decay = 0.95  # threshold: how much of the running bar stays at each update
+    c.select.scorer = ""  # run directory of the small LM that scores; empty: assist.teacher
+    c.select.scorer_step = -2  # its saved step; -1: the newest; -2: the one its checkpoint.keep_fraction kept
+    c.select.reference = ""  # run of the second model that some scores and token_share need; empty: the scorer's
+    c.select.reference_step = -1  # its saved step; -1: the newest; -2: as above
+    c.select.list = ""  # list: file of row ids that `slm-assist select` wrote
+    c.select.then = "all"  # list: rows afterwards: all | unseen (what stage 1 has not read) | a file of its own
+    c.select.steps = 0  # updates with selection; 0: those with the teacher, else select.fraction of the run
+    c.select.fraction = 0.0  # of the run; 0: as long as the teacher stays, 0.173 without one
+    c.select.token_share = 1.0  # RHO-1: share of tokens the loss counts, by learner minus reference loss
+    c.select.sample = 192  # rows scored once when a selecting run begins, for a person to look at; 0: none  [resume]
 
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = -1  # splits rows; -1: the devices that are left  [resume: mesh.*]
@@ -113,18 +150,8 @@ MAY_CHANGE_ON_RESUME = (
     "mesh.",
     "checkpoint.",
     "log.",
+    "select.sample",
 )
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested config to `{dotted key: value}`."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping | ml_collections.ConfigDict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -150,6 +177,8 @@ def resolve(
         for key, value in values.items():
             set_key(config, key, value)
             origins[key] = layer
+    if config.data.source.startswith("pile:") and not config.data.domain_weights:
+        config.data.domain_weights, origins["data.domain_weights"] = "pile", "data.source"
     check(config)
     return config, origins
 
@@ -218,106 +247,6 @@ def _parse(value: Any, default: Any) -> Any:
 
 def _refuse():
     raise TypeError
-
-
-def check(config: ml_collections.ConfigDict) -> None:
-    """Raises `UserError` where keys are out of range or contradict each other."""
-    _check_ranges(flatten(config))
-    if config.batch_rows % config.microbatches:
-        raise UserError(
-            f"batch_rows={config.batch_rows} is not divisible by microbatches={config.microbatches}; change one"
-        )
-    one_of("optimizer.name", config.optimizer.name, ("adamw", "adafactor"))
-    one_of("optimizer.schedule", config.optimizer.schedule, ("cosine", "wsd", "constant"))
-    one_of("assist.schedule", config.assist.schedule, ("none", "constant", "step", "linear"))
-    one_of("model.scan_layers", config.model.scan_layers, ("auto", "true", "false"))
-    one_of("compute.dtype", config.compute.dtype, ("auto", "float32", "bfloat16"))
-    one_of("compute.remat", config.compute.remat, ("none", "dots", "full"))
-    if config.optimizer.warmup_steps >= config.steps:
-        raise UserError(
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps} leaves nothing of steps={config.steps}; lower it"
-        )
-    _check_fractions(config)
-    if any(step > config.steps for step in config.checkpoint.keep):
-        raise UserError(f"checkpoint.keep={config.checkpoint.keep} has a step beyond steps={config.steps}")
-    _check_assist(config)
-
-
-POSITIVE = ("steps", "batch_rows", "microbatches", "data.seq_len", "checkpoint.keep_last")
-MAY_BE_MINUS_ONE = ("data.order_seed", "assist.teacher_step", "mesh.data", "mesh.fsdp", "mesh.tensor")
-
-
-def _check_ranges(flat: Mapping[str, Any]) -> None:
-    for key, value in flat.items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if isinstance(numbers[0] if numbers else "", str | bool):
-            continue
-        least = 1 if key in POSITIVE else -1 if key in MAY_BE_MINUS_ONE else 0
-        for number in numbers:
-            if not least <= number < 2**40:  # NaN is not either
-                raise UserError(f"{key}={number}: must be a finite number of at least {least}")
-    for key in ("seed", "data.order_seed"):
-        if flat[key] >= 2**31:
-            raise UserError(f"{key}={flat[key]}: must be below 2^31")
-    for key in ("optimizer.b1", "optimizer.b2"):
-        if flat[key] >= 1:
-            raise UserError(f"{key}={flat[key]}: must be below 1")
-    if not flat["optimizer.peak_learning_rate"] > 0:
-        raise UserError(f"optimizer.peak_learning_rate={flat['optimizer.peak_learning_rate']}: must be above 0")
-
-
-def _check_fractions(config: ml_collections.ConfigDict) -> None:
-    flat = flatten(config)
-    for key in ("data.validation_fraction", "optimizer.final_fraction", "optimizer.decay_fraction",
-                "assist.fraction", "assist.weight", "checkpoint.keep_fraction"):  # fmt: skip
-        if not 0.0 <= flat[key] <= 1.0:
-            raise UserError(f"{key}={flat[key]}: must lie between 0 and 1")
-    if not config.assist.temperature > 0:
-        raise UserError(f"assist.temperature={config.assist.temperature}: must be above 0")
-
-
-def _check_assist(config: ml_collections.ConfigDict) -> None:
-    assist = config.assist
-    if assist.schedule == "none":
-        if assist.teacher:
-            raise UserError(
-                f"assist.teacher={assist.teacher!r} but assist.schedule=none: set assist.schedule=step (SALT) or "
-                "constant (RKD), or leave the teacher out"
-            )
-        return
-    if not assist.teacher:
-        raise UserError(
-            f"assist.schedule={assist.schedule} needs assist.teacher, the run directory of a trained small LM"
-        )
-    if assist.steps > config.steps:
-        raise UserError(
-            f"assist.steps={assist.steps} (n_KD) is beyond the run's steps={config.steps}; lower it or use "
-            "assist.schedule=constant"
-        )
-    if assist.decay_steps and assist.schedule != "linear":
-        raise UserError(
-            f"assist.decay_steps={assist.decay_steps} has no meaning with assist.schedule={assist.schedule}; set "
-            "assist.schedule=linear"
-        )
-    if assist.decay_steps > assisted_steps(config):
-        raise UserError(
-            f"assist.decay_steps={assist.decay_steps} is longer than stage 1 ({assisted_steps(config)} steps)"
-        )
-
-
-def assisted_steps(config: ml_collections.ConfigDict) -> int:
-    """n_KD, the number of updates the small LM takes part in."""
-    if config.assist.schedule == "none":
-        return 0
-    if config.assist.schedule == "constant":
-        return config.steps
-    return config.assist.steps or round(config.assist.fraction * config.steps)
-
-
-def kept_steps(config: ml_collections.ConfigDict) -> tuple[int, ...]:
-    """Steps whose checkpoints are kept for good."""
-    part = round(config.checkpoint.keep_fraction * config.steps)
-    return tuple(sorted({*config.checkpoint.keep, *([part] if part else [])}))
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -3,8 +3,7 @@
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -12,17 +11,23 @@ import jax.numpy as jnp
 import ml_collections
 
 from slm_assist import config as config_lib
-from slm_assist import optim, sharding
+from slm_assist import config_rules, corpus, optim, roles, sharding
+from slm_assist import feed as feed_lib
 from slm_assist.assist import helpers as helpers_lib
-from slm_assist.assist.schedule import AssistSchedule, Stage, assist_schedule, stages
+from slm_assist.assist import online, row_list
+from slm_assist.assist.schedule import AssistSchedule, assist_schedule
+from slm_assist.assist.scores import Score
+from slm_assist.assist.stages import Stage, stages
+from slm_assist.data import objectives
 from slm_assist.data import rows as rows_lib
-from slm_assist.data.sources import open_source
-from slm_assist.data.tokenizers import Vocabulary
+from slm_assist.data.objectives import Objective
 from slm_assist.errors import UserError
 from slm_assist.evals.perplexity import Perplexity
+from slm_assist.losses.common import check_top_k
 from slm_assist.models import ModelConfig, Transformer
 from slm_assist.models.sizes import named
 from slm_assist.run_dir import RunDir
+from slm_assist.state import TrainState
 from slm_assist.steps import Student
 
 Say = Callable[[str], None]
@@ -37,12 +42,55 @@ class Experiment:
     prepared: rows_lib.Prepared
     student: Student
     schedule: AssistSchedule
-    stages: tuple[Stage, ...]
+    score: Score | None
+    objective: Objective
+    data: feed_lib.Data
     validation: Perplexity
 
     @property
     def dtype(self) -> jnp.dtype:
         return self.student.model.dtype
+
+    @property
+    def domains(self) -> list[str]:
+        return self.prepared.train.domains
+
+    def plan(self, assisted: int = -1) -> tuple[Stage, ...]:
+        """The stages, where `assisted` updates have the teacher; -1: as many as the config allows."""
+        assisted = config_rules.assisted_steps(self.config) if assisted < 0 else assisted
+        selecting = config_rules.selecting_steps(self.config, assisted)
+        return stages(self.config.steps, assisted=assisted, selecting=selecting)
+
+    def first_assist(self) -> dict[str, jax.Array]:
+        """What schedule and selection know before the first update: `TrainState.assist`."""
+        decided = self.schedule.stage1_steps is not None
+        assisted = config_rules.assisted_steps(self.config) if decided else -1
+        memory = online.initial_state(self.config.select.rule) if self.config.select.rows == "online" else {}
+        return {"stage1_steps": jnp.int32(assisted), **memory}
+
+    def switched(self, state: TrainState, step: int) -> TrainState:
+        """The state once `auto` has ended stage 1 at `step`."""
+        old = state.assist["stage1_steps"]
+        return state._replace(assist=state.assist | {"stage1_steps": jax.device_put(jnp.int32(step), old.sharding)})
+
+    def auto_options(self) -> dict[str, Any]:
+        """What `auto` decides by."""
+        assist = self.config.assist
+        return {
+            "cap": config_rules.assisted_steps(self.config),
+            "margin": assist.margin,
+            "window": assist.window,
+            "patience": assist.patience,
+        }
+
+    def kinds(self, first: int, assisted: int) -> tuple[Stage, ...]:
+        """One stage of every kind that may come from update `first` on; `assisted` is -1 while undecided."""
+        plans = [self.plan(assisted)]
+        if assisted < 0:  # it may end anywhere
+            cap = config_rules.assisted_steps(self.config)
+            ends = {first + 1, cap, config_rules.selecting_steps(self.config, cap)}
+            plans += [self.plan(end) for end in sorted(ends) if first < end <= cap]
+        return tuple({stage.name: stage for plan in plans for stage in plan if stage.stop > first}.values())
 
 
 def build(config: ml_collections.ConfigDict, run: RunDir, say: Say) -> Experiment:
@@ -54,37 +102,52 @@ def build(config: ml_collections.ConfigDict, run: RunDir, say: Say) -> Experimen
     mesh = make_mesh(config)
     dtype = compute_dtype(config.compute.dtype, mesh.devices.flat[0])
     _check_before_data(config, run)
-    prepared = prepare(config, run, say=say)
-    model = Transformer(model_config(config, prepared.vocabulary.size), dtype=dtype, remat=config.compute.remat)
-    schedule = assist_schedule(
-        config.assist.schedule,
-        weight=config.assist.weight,
-        steps=config_lib.assisted_steps(config),
-        decay_steps=config.assist.decay_steps,
-    )
+    prepared = corpus.prepare(config, run, say=say)
+    vocabulary = prepared.vocabulary
+    model = Transformer(model_config(config, vocabulary.size), dtype=dtype, remat=config.compute.remat)
+    check_top_k(config.assist.top_k, vocabulary.size)
     validation = Perplexity(
         prepared.validation,
         limit=config.validation.rows,
         batch_rows=config.batch_rows,
-        token_bytes=prepared.vocabulary.token_bytes,
+        token_bytes=vocabulary.token_bytes,
     )
+    objective = corpus.make_objective(config, prepared)
     return Experiment(
         config=config,
         mesh=mesh,
         prepared=prepared,
         student=make_student(config, model),
-        schedule=schedule,
-        stages=stages(schedule, config.steps),
+        schedule=make_schedule(config),
+        score=roles.score_of(config, vocabulary.size),
+        objective=objective,
+        data=feed_lib.Data(config, prepared.train, objective),
         validation=validation,
+    )
+
+
+def make_schedule(config: ml_collections.ConfigDict) -> AssistSchedule:
+    """The config's weight of the small LM, update by update."""
+    return assist_schedule(
+        config.assist.schedule,
+        weight=config.assist.weight,
+        steps=config_rules.assisted_steps(config),
+        decay_steps=config.assist.decay_steps,
     )
 
 
 def _check_before_data(config: ml_collections.ConfigDict, run: RunDir) -> None:
     """Finds mistakes in model, optimizer and helpers before a corpus is prepared for hours."""
     make_student(config, Transformer(model_config(config, config.data.vocab_size)))
+    make_schedule(config)
+    objectives.check(config.data)
+    wanted = roles.wanted(config)
+    for name in ("list", "then"):
+        if config.select.rows == "list" and config.select[name] not in feed_lib.THEN:
+            row_list.read(config.select[name])
     if not run.config.is_file():
-        if config.assist.teacher:
-            helpers_lib.open_run("teacher", config.assist.teacher, config.assist.teacher_step)
+        for role, (directory, step) in wanted.items():
+            helpers_lib.find_step(role, helpers_lib.open_run(role, directory, step), step)
         if config.validation.buckets:
             helpers_lib.open_run("buckets", config.validation.buckets)
 
@@ -99,45 +162,6 @@ def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
             f"parts of the mesh's data and fsdp axes; use a multiple of {shards * config.microbatches}"
         )
     return mesh
-
-
-def prepare(config: ml_collections.ConfigDict, run: RunDir | None = None, *, say: Say) -> rows_lib.Prepared:
-    """The rows, from the cache or made now, with the run's, the config's, the teacher's or a new vocabulary."""
-    data = config.data
-    fields = {"text_field": data.text_field, "domain_field": data.domain_field, "cache_dir": data.cache_dir}
-    source = open_source(data.source, validation_fraction=data.validation_fraction, **fields)
-    validation = open_source(data.validation, **fields) if data.validation else None
-    say(source.describe())
-    prepared = rows_lib.prepare(
-        source,
-        vocabulary=find_vocabulary(config, run),
-        vocab_size=data.vocab_size,
-        seq_len=data.seq_len,
-        validation_source=validation,
-        validation_fraction=data.validation_fraction,
-        cache_dir=Path(data.cache_dir).expanduser(),
-        cores=data.cores,
-        progress=config.log.progress,
-    )
-    train, held = prepared.train, prepared.validation
-    say(
-        f"rows of {data.seq_len} tokens: {len(train):,} to train on ({train.tokens:,} tokens), {len(held):,} to "
-        f"validate on; {prepared.vocabulary.size} pieces; in {prepared.path}"
-    )
-    return prepared
-
-
-def find_vocabulary(config: ml_collections.ConfigDict, run: RunDir | None) -> Vocabulary | None:
-    """A run that goes on keeps its own; then the config's, the teacher's; None: one is to be trained."""
-    if run and run.config.is_file():
-        return Vocabulary.load(run.tokenizer)
-    given = config.data.vocabulary
-    if not given and config.assist.teacher:
-        given = helpers_lib.open_run("teacher", config.assist.teacher).path
-    if given:
-        path = Path(given).expanduser()
-        return Vocabulary.load(path / "tokenizer" if (path / "tokenizer").is_dir() else path)
-    return None
 
 
 def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelConfig:
@@ -189,15 +213,26 @@ def make_student(config: ml_collections.ConfigDict, model: Transformer) -> Stude
     )
 
 
-def find_teacher(experiment: Experiment, step: int) -> helpers_lib.Helper:
-    """The config's teacher at `step` (-1: the newest), checked but not loaded."""
-    return helpers_lib.find(
-        "teacher",
-        experiment.config.assist.teacher,
-        step=step,
-        vocabulary=experiment.prepared.vocabulary,
-        dtype=experiment.dtype,
-    )
+def find_helpers(
+    experiment: Experiment, chosen: dict[str, int] | None = None, needed: Collection[str] | None = None
+) -> dict[str, helpers_lib.Helper]:
+    """The config's helpers by role, checked but not loaded.
+
+    Args:
+      chosen: the steps that the run began with.
+      needed: the roles that it still needs, by default all.
+    """
+    return {
+        role: helpers_lib.find(
+            role,
+            directory,
+            step=step if chosen is None else chosen[role],
+            vocabulary=experiment.prepared.vocabulary,
+            dtype=experiment.dtype,
+        )
+        for role, (directory, step) in roles.wanted(experiment.config).items()
+        if needed is None or role in needed
+    }
 
 
 def facts(experiment: Experiment, helpers: dict[str, helpers_lib.Helper]) -> dict[str, Any]:
@@ -209,10 +244,11 @@ def facts(experiment: Experiment, helpers: dict[str, helpers_lib.Helper]) -> dic
         "vocabulary_size": experiment.prepared.vocabulary.size,
         "train_rows": train.fingerprint,
         "validation_rows": experiment.validation.fingerprint,
-        "objective": "causal",
+        "objective": experiment.objective.fingerprint,
+        "data": experiment.data.facts(),
         "parameters": experiment.student.model.num_params(),
-        "train_tokens": int(train.tokens),
-        "train_rows_count": len(train),
+        "train_tokens": train.tokens,
+        "train_rows_count": None if config.data.stream else len(train),
         "validation_rows_count": len(experiment.validation.row_ids),
         "seq_len": config.data.seq_len,
         "batch_rows": config.batch_rows,
@@ -226,7 +262,7 @@ def facts(experiment: Experiment, helpers: dict[str, helpers_lib.Helper]) -> dic
 
 
 # Facts that a run must find unchanged when it goes on.
-SAME_ON_RESUME = ("vocabulary", "train_rows", "validation_rows", "parameters", "dtype")
+SAME_ON_RESUME = ("vocabulary", "train_rows", "validation_rows", "objective", "data", "parameters", "dtype")
 
 
 def check_resume(run: RunDir, experiment: Experiment) -> dict[str, Any] | None:

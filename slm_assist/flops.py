@@ -29,9 +29,13 @@ def forward(config: ModelConfig, seq_len: int) -> float:
     width, head_dim = config.d_model, config.head_dim
     projections = width * head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     mlp = (3 if config.gated_mlp else 2) * width * config.d_ff
-    head = width * config.vocab_size
     attention = 2 * 2 * seq_len * config.num_heads * head_dim
-    return config.num_layers * (2 * (projections + mlp) + attention) + 2 * head
+    return config.num_layers * (2 * (projections + mlp) + attention) + head(config)
+
+
+def head(config: ModelConfig) -> float:
+    """FLOPs of the output head alone, a token."""
+    return 2 * config.d_model * config.vocab_size
 
 
 def plain(student: ModelConfig, seq_len: int) -> float:

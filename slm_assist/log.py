@@ -1,16 +1,22 @@
 """What a run says of itself while it trains: metrics.jsonl, TensorBoard, a progress bar, and its clock."""
 
 import time
-from typing import Any
+from typing import Any, ClassVar
 
+import jax
+import numpy as np
 from tqdm import tqdm
 
-from slm_assist import flops
+from slm_assist import flops, roles
+from slm_assist.assist.auto import Auto
 from slm_assist.assist.helpers import Helper
+from slm_assist.assist.online import ROWS
+from slm_assist.assist.stages import PLAIN, Stage
 from slm_assist.checkpoint import whole_steps
 from slm_assist.errors import UserError
 from slm_assist.experiment import Experiment
-from slm_assist.metrics import MetricsFile, Pairs, TensorBoard, all_finite, means
+from slm_assist.feed import Batch
+from slm_assist.metrics import Metrics, MetricsFile, TensorBoard, all_finite, means
 from slm_assist.run_dir import RunDir
 
 
@@ -36,16 +42,19 @@ class Clock:
         return self.seconds.get("stage1", 0.0) + self.seconds.get("stage2", 0.0)
 
 
-PHASES = {"assisted": "stage1", "plain": "stage2"}
-
-
 class Log:
     """Turns device metrics into records, one step late, so that the device never waits for them.
 
     Args:
-      meta: what the checkpoint that the run starts from knew, from `meta()`.
+      meta: what the checkpoint that the run starts from knew, from `meta()`, or `NEW`.
       first: the step it starts from.
+      auto: is told what the schedule `auto` decides by.
     """
+
+    NEW: ClassVar[dict[str, Any]] = {
+        "offset": 0, "tokens": 0.0, "flops": {"student": 0.0, "teacher": 0.0, "scorer": 0.0}, "seconds": {},
+        "auto": None,
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -55,17 +64,14 @@ class Log:
         meta: dict[str, Any],
         first: int,
         clock: Clock,
+        auto: Auto | None = None,
     ):
         config = experiment.config
-        self._experiment, self._run, self._clock = experiment, run, clock
-        self._pending: tuple[int, str, Pairs] | None = None
-        self._tokens, self._student_flops, self._teacher_flops = meta["tokens"], meta["flops"], meta["teacher_flops"]
-        batch_tokens = config.batch_rows * config.data.seq_len
-        self._batch_tokens = batch_tokens
-        self._step_flops = batch_tokens * flops.plain(experiment.student.model.config, config.data.seq_len)
-        self._helper_flops = sum(
-            batch_tokens * flops.forward(helper.model.config, config.data.seq_len) for helper in helpers.values()
-        )
+        self._experiment, self._run, self._helpers, self._clock, self._auto = experiment, run, helpers, clock, auto
+        self._pending: tuple[int, Stage, Metrics, Batch] | None = None
+        self._tokens, self._flops = meta["tokens"], dict(meta["flops"])
+        self._said_ties = False
+        self._batch_tokens = config.batch_rows * config.data.seq_len
         peak = flops.peak(experiment.mesh.devices.flat[0])
         self._peak = peak and peak * experiment.mesh.size
         self._file = MetricsFile(run.metrics, meta["offset"])
@@ -88,9 +94,9 @@ class Log:
         self._file.close()
         self._tensorboard.close()
 
-    def step(self, step: int, stage: str, pairs: Pairs) -> None:
-        """Takes the metrics of the update that led to `step`, and writes those of the one before it."""
-        previous, self._pending = self._pending, (step, stage, pairs)
+    def step(self, step: int, stage: Stage, metrics: Metrics, batch: Batch) -> None:
+        """Takes the metrics of the update by `batch` that led to `step`, and writes those of the one before it."""
+        previous, self._pending = self._pending, (step, stage, metrics, batch._replace(arrays={}))
         if previous is not None:
             self._write(*previous)
 
@@ -104,34 +110,63 @@ class Log:
         if previous is not None:
             self._write(*previous)
 
-    def _write(self, step: int, stage: str, pairs: Pairs) -> None:
-        values = means(pairs)
-        seconds = self._clock.lap(PHASES[stage])
-        if not all_finite(values):
-            bad = ", ".join(f"{name} is {value}" for name, value in values.items() if not all_finite({name: value}))
-            last = max(whole_steps(self._run.checkpoints), default=None)
-            kept = "no checkpoint was written yet" if last is None else f"checkpoint {last} is kept"
-            raise UserError(
-                f"step {step}: {bad}; {kept}: start over with --fresh and a lower optimizer.peak_learning_rate or with "
-                "optimizer.clip_norm, or look at the data of this step"
-            )
-        tokens = values.pop("tokens")
-        spent = self._step_flops + (self._helper_flops if stage == "assisted" else 0)
-        self._tokens += tokens
-        self._student_flops += self._step_flops
-        self._teacher_flops += spent - self._step_flops
-        record = {"kind": "train", "step": step, "stage": stage} | values
+    def _write(self, step: int, stage: Stage, metrics: Metrics, batch: Batch) -> None:
+        rows = metrics.pop(ROWS, None)
+        values = means(metrics)
+        seconds = self._clock.lap("stage2" if stage.name == PLAIN else "stage1")
+        self._refuse_nan(step, values)
+        if self._auto and stage.soft_labels:
+            self._auto.observe(step, values["accuracy"], values["teacher_accuracy"])
+        self._tokens += values.pop("tokens")
+        cost = roles.step_flops(self._experiment.config, self._experiment.student.model.config, self._helpers, stage)
+        self._flops = {name: total + cost[name] for name, total in self._flops.items()}
+        record = {"kind": "train", "step": step, "stage": stage.name} | values
         record |= {
             "tokens": self._tokens,
-            "flops": self._student_flops + self._teacher_flops,
+            "flops": sum(self._flops.values()),
             "seconds": self._clock.training,
             "tokens_per_second": self._batch_tokens / seconds,
         }
         if self._peak:
-            record["model_flops_utilisation"] = spent / seconds / self._peak
+            record["model_flops_utilisation"] = sum(cost.values()) / seconds / self._peak
+        if batch.dropped is not None:
+            record["dropped_tokens"] = batch.dropped
+        if rows is not None:
+            record |= self._chosen(rows, batch.row_ids)
+            self._warn_of_ties(step, values)
         self._file.write(record)
         self._tensorboard.write(record)
-        self._show(record, spent / seconds)
+        self._show(record, sum(cost.values()) / seconds)
+
+    def _chosen(self, rows: dict[str, Any], row_ids: np.ndarray) -> dict[str, Any]:
+        """Ids of the kept rows, and how many candidates and kept rows each domain had."""
+        rows = jax.device_get(rows)
+        counts = zip(self._experiment.domains, rows["candidates"].tolist(), rows["kept"].tolist(), strict=True)
+        return {
+            "rows": row_ids[rows["index"]][rows["valid"] > 0].tolist(),
+            "domains": {name: [candidates, kept] for name, candidates, kept in counts if candidates},
+        }
+
+    def _warn_of_ties(self, step: int, values: dict[str, float]) -> None:
+        """Says once if so many candidates score 0 that their place in the pool chooses, not the score."""
+        select = self._experiment.config.select
+        if not self._said_ties and values.get("score_zero", 0.0) > 1 - 1 / select.pool_factor:
+            self._said_ties = True
+            tqdm.write(
+                f"step {step}: {values['score_zero']:.0%} of the candidates score exactly 0, so their order in the "
+                "pool chooses among them: use a later select.scorer_step, a larger select.k, or select.masked=drop"
+            )
+
+    def _refuse_nan(self, step: int, values: dict[str, float]) -> None:
+        if all_finite(values):
+            return
+        bad = ", ".join(f"{name} is {value}" for name, value in values.items() if not all_finite({name: value}))
+        last = max(whole_steps(self._run.checkpoints), default=None)
+        kept = "no checkpoint was written yet" if last is None else f"checkpoint {last} is kept"
+        raise UserError(
+            f"step {step}: {bad}; {kept}: start over with --fresh and a lower optimizer.peak_learning_rate or with "
+            "optimizer.clip_norm, or look at the data of this step"
+        )
 
     def _show(self, record: dict[str, Any], rate: float) -> None:
         speed = f"MFU {100 * rate / self._peak:.1f}%" if self._peak else f"{rate / 1e9:.0f} GFLOP/s"
@@ -146,39 +181,46 @@ class Log:
         seconds = self._clock.lap("validation")
         record = {"kind": "validation", "step": step} | figures
         record |= {
-            "train_flops": self._student_flops + self._teacher_flops,
+            "train_flops": sum(self._flops.values()),
             "train_seconds": self._clock.training,
             "validation_seconds": seconds,
         }
         self._file.write(record)
         self._tensorboard.write(record)
+        if self._auto:
+            self._auto.observe_validation(step, figures["log_perplexity"])
         if not self._bar.disable:
             tqdm.write(
                 f"step {step}: validation log-perplexity {figures['log_perplexity']:.4f}, "
                 f"{figures['bits_per_byte']:.4f} bits per byte, accuracy {figures['accuracy']:.4f}"
             )
 
+    def switch(self, step: int, reason: str) -> None:
+        """Writes that `auto` has ended stage 1, and why."""
+        self.flush()
+        self._auto = None
+        self._file.write({"kind": "switch", "step": step, "reason": reason})
+        tqdm.write(f"step {step}: stage 1 ends, {reason}")
+
     def meta(self) -> dict[str, Any]:
         """What a checkpoint keeps so that the next process goes on with the same lines and totals."""
         return {
             "offset": self._file.sync(),
             "tokens": self._tokens,
-            "flops": self._student_flops,
-            "teacher_flops": self._teacher_flops,
+            "flops": self._flops,
             "seconds": self._clock.seconds,
+            "auto": self._auto and self._auto.state(),
         }
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, plan: tuple[Stage, ...]) -> dict[str, Any]:
         """summary.json: what the run cost, by part."""
         device = self._experiment.mesh.devices.flat[0]
         memory = device.memory_stats() if device.platform != "cpu" else None
         return {
             "steps": self._experiment.config.steps,
             "tokens": self._tokens,
-            "flops": {"student": self._student_flops, "teacher": self._teacher_flops},
+            "flops": self._flops,
             "seconds": self._clock.seconds,
             "peak_bytes": memory.get("peak_bytes_in_use") if memory else None,
-            "stages": [
-                {"name": stage.name, "start": stage.start, "stop": stage.stop} for stage in self._experiment.stages
-            ],
+            "stages": [{"name": stage.name, "start": stage.start, "stop": stage.stop} for stage in plan],
         }

@@ -17,6 +17,7 @@ import numpy as np
 from slm_assist.errors import UserError
 
 Pairs = dict[str, tuple[jax.Array, jax.Array]]
+Metrics = dict[str, Any]  # Pairs, and perhaps arrays about single rows
 
 
 def means(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:

@@ -4,8 +4,10 @@ config.json    {"config": every key, "facts": what was found out: fingerprints, 
 model.json     the model's shape
 tokenizer/     the vocabulary
 checkpoints/N/ parameters, optimizer, assist state and meta after N updates
+stream/        where a streamed source is read on, by checkpoint and process
 metrics.jsonl  one line an update or a validation
 validation_rows.json  sums of each validation row at the last validation
+selection_sample.npz  some candidates as the scorer sees them, where rows are selected
 summary.json   what the run cost; there once it is finished
 tensorboard/   events
 """
@@ -31,8 +33,10 @@ class RunDir:
         self.model = self.path / "model.json"
         self.tokenizer = self.path / "tokenizer"
         self.checkpoints = self.path / "checkpoints"
+        self.stream = self.path / "stream"
         self.metrics = self.path / "metrics.jsonl"
         self.validation_rows = self.path / "validation_rows.json"
+        self.selection_sample = self.path / "selection_sample.npz"
         self.summary = self.path / "summary.json"
         self.tensorboard = self.path / "tensorboard"
 

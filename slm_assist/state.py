@@ -13,7 +13,8 @@ from slm_assist.models import Transformer
 class TrainState(NamedTuple):
     """A pytree; `step` updates are done.
 
-    `assist` holds what the small LM's schedule has decided so far, under its own name in the checkpoint.
+    `assist` holds what schedule and selection have decided so far, under its own name in the checkpoint:
+    `stage1_steps` (-1: not yet) and what the rule of selection remembers.
     """
 
     step: jax.Array  # int32
@@ -22,18 +23,22 @@ class TrainState(NamedTuple):
     assist: dict[str, jax.Array]
 
 
-def init(model: Transformer, optimizer: optax.GradientTransformation, seed: int, stage1_steps: int) -> TrainState:
+def init(
+    model: Transformer, optimizer: optax.GradientTransformation, seed: int, assist: dict[str, jax.Array]
+) -> TrainState:
     """The state before the first update; jit it with `state_shardings` as `out_shardings`."""
     params = model.init(jax.random.key(seed))
     return TrainState(
         step=jnp.int32(0),
         params=params,
         opt_state=optimizer.init(params),
-        assist={"stage1_steps": jnp.int32(stage1_steps)},
+        assist=assist,
     )
 
 
-def state_shardings(model: Transformer, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+def state_shardings(
+    model: Transformer, optimizer: optax.GradientTransformation, assist: dict[str, jax.Array], mesh: jax.sharding.Mesh
+) -> TrainState:
     """A `TrainState` of `NamedSharding`: optimizer statistics lie where their parameters lie."""
     shapes, axes = model.shapes(), model.logical_axes()
     whole = sharding.replicated(mesh)
@@ -41,5 +46,5 @@ def state_shardings(model: Transformer, optimizer: optax.GradientTransformation,
         step=whole,
         params=sharding.shardings(axes, shapes, mesh),
         opt_state=optim.state_shardings(optimizer, shapes, axes, mesh),
-        assist={"stage1_steps": whole},
+        assist=dict.fromkeys(assist, whole),
     )

@@ -2,6 +2,7 @@
 
     plain_step     next-token training
     assisted_step  the same with a small LM's soft labels; its forward pass is part of the step
+    choosing_step  either of them on rows that a small LM has chosen among candidates, as part of the step
     eval_step      sums for each row
 
 What does not change during a run (models, optimizer, options) is bound by `functools.partial` before
@@ -11,17 +12,18 @@ microbatches and devices.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from slm_assist.assist import labels
+from slm_assist.assist import labels, online, scores, selection
 from slm_assist.assist.labels import Batch
 from slm_assist.assist.schedule import AssistSchedule
 from slm_assist.losses import Loss
-from slm_assist.metrics import Pairs
+from slm_assist.metrics import Metrics
 from slm_assist.models import Transformer
 from slm_assist.state import TrainState
 
@@ -38,25 +40,51 @@ class Student:
     microbatches: int = 1
 
 
-def plain_step(state: TrainState, batch: Batch, *, student: Student) -> tuple[TrainState, Pairs]:
+@dataclasses.dataclass(frozen=True)
+class Focus:
+    """Learning from a share of the tokens only: those where the reference is most ahead (arXiv 2404.07965)."""
+
+    reference: Transformer
+    share: float
+
+
+def plain_step(
+    state: TrainState,
+    batch: Batch,
+    helpers: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    student: Student,
+    focus: Focus | None = None,
+) -> tuple[TrainState, Metrics]:
     """One update by next-token cross-entropy.
 
     Args:
       state: may be donated.
-      batch: `tokens`, `targets`, `mask`, `segment_ids`, `positions`, each [B, T].
-      student: static.
+      batch: `tokens`, `targets`, `mask`, `segment_ids`, `positions`, each [B, T], and `prefix_mask` where the
+        objective has one.
+      helpers: `{"reference": its parameters}` with a `focus`; else none.
+      student, focus: static.
 
     Returns:
       The state after the update, and metrics as (sum, weight) pairs.
     """
 
-    def loss_of(params: Any, rows: Batch, _: None) -> Loss:
+    def loss_of(params: Any, rows: Batch, given: "_Given") -> Loss:
         return labels.next_token_loss(
-            student.model, params, rows, z_loss=student.z_loss, block_bytes=student.block_bytes
+            student.model,
+            params,
+            rows,
+            counted=_counted(student, rows, focus, given),
+            z_loss=student.z_loss,
+            block_bytes=student.block_bytes,
         )
 
-    grads, loss = _gradients(loss_of, lambda rows: None, state.params, batch, student.microbatches)
-    return _update(state, grads, loss, student)
+    def before(rows: Batch) -> "_Given":
+        return _Given(None, _reference_loss(rows, helpers, student, focus))
+
+    grads, loss = _gradients(loss_of, before, state.params, batch, student.microbatches)
+    state, metrics = _update(state, grads, loss, student)
+    return state, metrics | _selected_tokens(batch, loss, focus)
 
 
 def assisted_step(
@@ -68,40 +96,66 @@ def assisted_step(
     teacher: Transformer,
     schedule: AssistSchedule,
     temperature: float,
-) -> tuple[TrainState, Pairs]:
+    top_k: int = 0,
+    focus: Focus | None = None,
+) -> tuple[TrainState, Metrics]:
     """One update by (1 - w) cross-entropy + w CE(teacher, student) (arXiv 2410.18779).
 
     Args:
-      state, batch, student: as for `plain_step`.
+      state, batch, student, focus: as for `plain_step`.
       helpers: `{"teacher": its parameters}`; not in the state, not donated.
       teacher: the model of those parameters; static.
       schedule: gives w for `state.step`; static.
-      temperature: divides the teacher's logits; static.
+      temperature, top_k: of the soft labels, see `losses.blocked.distillation`; static.
 
     Returns:
       As `plain_step`, with the teacher's metrics beside the student's.
     """
     weight = schedule.weight_at(state.step)
 
-    def loss_of(params: Any, rows: Batch, soft_labels: labels.SoftLabels) -> Loss:
+    def loss_of(params: Any, rows: Batch, given: "_Given") -> Loss:
         return labels.soft_label_loss(
             student.model,
             params,
             rows,
             teacher,
-            soft_labels,
+            given.soft_labels,
             weight=weight,
+            counted=_counted(student, rows, focus, given),
             temperature=temperature,
+            top_k=top_k,
             z_loss=student.z_loss,
             block_bytes=student.block_bytes,
         )
 
-    def teach(rows: Batch) -> labels.SoftLabels:
-        return labels.teach(teacher, helpers["teacher"], rows)
+    def before(rows: Batch) -> "_Given":
+        soft_labels = labels.teach(teacher, helpers["teacher"], rows)
+        return _Given(soft_labels, _reference_loss(rows, helpers, student, focus))
 
-    grads, loss = _gradients(loss_of, teach, state.params, batch, student.microbatches)
+    grads, loss = _gradients(loss_of, before, state.params, batch, student.microbatches)
     state, metrics = _update(state, grads, loss, student)
-    return state, metrics | {"assist_weight": (weight, jnp.float32(1))}
+    return state, metrics | {"assist_weight": (weight, jnp.float32(1))} | _selected_tokens(batch, loss, focus)
+
+
+def choosing_step(
+    state: TrainState, candidates: Batch, helpers: Mapping[str, Any], *, chooser: online.Filter, then: Callable
+) -> tuple[TrainState, Metrics]:
+    """Chooses rows among candidates on the device, and learns from them by `then`.
+
+    Args:
+      state: may be donated; `state.assist` holds what the rule remembers.
+      candidates: see `online.choose`.
+      helpers: parameters of the helpers that score, and of those that `then` needs.
+      chooser: static.
+      then: `plain_step` or `assisted_step` with all but its first three arguments bound; static.
+
+    Returns:
+      As `then`, with the statistics of the scores, and under `online.ROWS` which rows were kept.
+    """
+    params = {"learner": state.params, **helpers}
+    chosen = online.choose(chooser, candidates, params, state.assist, state.step)
+    state, metrics = then(state._replace(assist=chosen.assist), chosen.batch, helpers)
+    return state, metrics | chosen.metrics | {online.ROWS: chosen.rows}
 
 
 def eval_step(params: Any, batch: Batch, *, model: Transformer, block_bytes: int | None = None) -> dict[str, jax.Array]:
@@ -109,6 +163,37 @@ def eval_step(params: Any, batch: Batch, *, model: Transformer, block_bytes: int
     loss = labels.next_token_loss(model, params, batch, block_bytes=block_bytes, per_token=True)
     per_row = {"cross_entropy": loss.parts["cross_entropy"], "correct": loss.parts["correct"], "tokens": loss.weight}
     return {name: value_BxT.sum(axis=1) for name, value_BxT in per_row.items()}
+
+
+class _Given(NamedTuple):
+    """What helpers say of a microbatch, outside the gradient."""
+
+    soft_labels: labels.SoftLabels | None
+    reference_loss: jax.Array | None  # [B, T]
+
+
+def _reference_loss(rows: Batch, helpers: Mapping[str, Any], student: Student, focus: Focus | None) -> jax.Array | None:
+    if focus is None:
+        return None
+    return labels.token_stats(focus.reference, helpers["reference"], rows, block_bytes=student.block_bytes).loss
+
+
+def _counted(student: Student, rows: Batch, focus: Focus | None, given: _Given) -> labels.CountedTokens | None:
+    """The top share of the microbatch's tokens by learner minus reference loss; one more pass over the head."""
+    if focus is None:
+        return None
+
+    def counted(hidden_BxTxD: jax.Array, head_DxV: jax.Array) -> jax.Array:
+        view = jax.lax.stop_gradient((hidden_BxTxD, head_DxV))
+        learner = labels.stats_of(student.model, *view, rows, student.block_bytes)
+        excess = scores.excess(learner.loss, given.reference_loss)
+        return rows["mask"] * selection.top_share(excess, rows["mask"], focus.share)
+
+    return counted
+
+
+def _selected_tokens(batch: Batch, loss: Loss, focus: Focus | None) -> Metrics:
+    return {} if focus is None else {"selected_tokens": (loss.weight, batch["mask"].sum())}
 
 
 def _gradients(
@@ -146,7 +231,7 @@ def _gradients(
     return jax.lax.scan(add, zeros, split)[0]
 
 
-def _update(state: TrainState, grads: Any, loss: Loss, student: Student) -> tuple[TrainState, Pairs]:
+def _update(state: TrainState, grads: Any, loss: Loss, student: Student) -> tuple[TrainState, Metrics]:
     scale = jnp.where(loss.weight > 0, 1 / jnp.maximum(loss.weight, 1), 0.0)
     grads = jax.tree.map(lambda g: g * scale, grads)
     updates, opt_state = student.optimizer.update(grads, state.opt_state, state.params)

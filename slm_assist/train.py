@@ -7,25 +7,24 @@ with the same command ends where an uninterrupted one does, bit for bit.
 import contextlib
 import functools
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from tqdm import tqdm
 
 from slm_assist import config as config_lib
+from slm_assist import config_rules, look, metrics, programs, roles, validation
 from slm_assist import experiment as experiment_lib
-from slm_assist import metrics, sharding, steps, validation
 from slm_assist import state as state_lib
+from slm_assist.assist import auto as auto_lib
 from slm_assist.assist import helpers as helpers_lib
+from slm_assist.assist.stages import stage_at
 from slm_assist.checkpoint import Checkpoints, whole_steps
-from slm_assist.data.loader import Loader, Prefetcher
-from slm_assist.data.order import Order
 from slm_assist.errors import UserError
 from slm_assist.experiment import Experiment, Say
+from slm_assist.feed import Batches
 from slm_assist.log import Clock, Log
 from slm_assist.run_dir import RunDir
 from slm_assist.state import TrainState
@@ -73,40 +72,37 @@ def _run(experiment: Experiment, run: RunDir, say: Say) -> None:
     config, mesh = experiment.config, experiment.mesh
     clock = Clock()
     stored = experiment_lib.check_resume(run, experiment)
-    saved = max(whole_steps(run.checkpoints), default=0)
-    helpers = _find_helpers(experiment, saved, stored)
+    chosen = stored and {role: helper["step"] for role, helper in stored["helpers"].items()}
+    new = not whole_steps(run.checkpoints)
+    helpers = experiment_lib.find_helpers(experiment, chosen) if new else {}
 
     state, meta, checkpoints = _start(experiment, run, say)
-    first = int(state.step)
-    helpers = helpers or _find_helpers(experiment, first, stored)
-    loaded = {role: helper.load(mesh, say) for role, helper in helpers.items()}
-    helpers = {role: helper for role, (helper, _) in loaded.items()}
-    params_of = {role: params for role, (_, params) in loaded.items()}
-    del loaded
+    first, assisted = int(state.step), int(state.assist["stage1_steps"])  # -1: `auto` has not decided
+    plan = experiment.plan(assisted)
+    helpers = helpers if new else experiment_lib.find_helpers(experiment, chosen, roles.needed(config, plan, first))
+    helpers, params_of = helpers_lib.load_all(helpers, mesh, say)
     facts = stored or experiment_lib.facts(experiment, helpers)
-    compiled = _compile(experiment, state, helpers, params_of, say)
+    compiled = programs.compile_all(experiment, state, helpers, params_of, say)
     validate = validation.validator(experiment, run, compiled["eval"], say)
     clock.restore(meta["seconds"])
     clock.lap("compile")
     if stored is None:
         _write_identity(experiment, run, facts)
+        look.write_sample(experiment, run, helpers, params_of, state.params, plan)
+        experiment.data.say_lists(plan, say)
 
-    loader = Loader(
-        experiment.prepared.train,
-        Order(len(experiment.prepared.train), config.seed if config.data.order_seed < 0 else config.data.order_seed),
-        config.batch_rows,
-    )
-    log = Log(experiment, run, helpers, meta, first, clock)
-    kept = config_lib.kept_steps(config)
-    put = functools.partial(validation.put, sharding=sharding.batch_sharding(mesh))
-    with checkpoints, log, Prefetcher(loader, first) as batches, _signals() as stop:
+    auto = auto_lib.Auto.restore(experiment.auto_options(), meta["auto"]) if assisted < 0 else None
+    log = Log(experiment, run, helpers, meta, first, clock, auto)
+    kept = config_rules.kept_steps(config)
+    with checkpoints, log, Batches(experiment.data, plan, first, run, mesh) as batches, _signals() as stop:
         for n in range(first, config.steps + 1):
-            # The order is fixed: evaluate, save, batch, step. What a checkpoint N holds comes before it.
+            # The order is fixed: evaluate, save, switch, batch, step. What a checkpoint N holds comes before it.
             if _due(n, config.validation.every, config.steps) and n > first:
                 log.flush()
                 log.validation(n, validate(n, state.params))
             if n > first and (stop or n in kept or _due(n, config.checkpoint.every, config.steps)):
                 log.flush()
+                batches.save_place(n)
                 checkpoints.save(state, log.meta())
                 clock.lap("save")
             if n == config.steps:
@@ -114,16 +110,20 @@ def _run(experiment: Experiment, run: RunDir, say: Say) -> None:
             if stop:
                 checkpoints.wait()
                 raise Stopped(n, stop[0])
-            stage = next(stage for stage in experiment.stages if stage.start <= n < stage.stop)
-            if stage.name == "plain":
-                helpers_lib.drop(params_of)
-            batch = put(batches.batch_at(n))
-            state, pairs = compiled[stage.name](state, batch, *([params_of] if stage.name == "assisted" else []))
-            log.step(n + 1, stage.name, pairs)  # reads the metrics of the step before, while this one runs
+            if auto and auto.is_asked(n) and (decision := auto_lib.agree(auto.decide(n), jax.process_count())):
+                auto, plan = None, experiment.plan(n)
+                state = experiment.switched(state, n)
+                log.switch(n, decision.reason)
+                batches.follow(plan, n)
+            stage = stage_at(plan, n)
+            helpers_lib.drop(params_of, params_of.keys() - roles.needed(config, plan, n))
+            batch = batches.batch_at(n, programs.batch_shapes(experiment, stage))
+            state, pairs = compiled[stage.name](state, batch.arrays, programs.params_in(stage, params_of))
+            log.step(n + 1, stage, pairs, batch)  # reads the metrics of the step before, while this one runs
             checkpoints.check()
         checkpoints.wait()
         clock.lap("save")
-        metrics.write_json(run.summary, log.summary())
+        metrics.write_json(run.summary, log.summary(plan))
 
 
 def _due(n: int, every: int, steps: int) -> bool:
@@ -141,71 +141,21 @@ def _find_helpers(experiment: Experiment, step: int, stored: dict[str, Any] | No
 def _start(experiment: Experiment, run: RunDir, say: Say) -> tuple[TrainState, dict[str, Any], Checkpoints]:
     """The newest state that can be restored, or a new one; with what its checkpoint knew."""
     config, student = experiment.config, experiment.student
-    layout = state_lib.state_shardings(student.model, student.optimizer, experiment.mesh)
-    stage1_steps = sum(stage.stop - stage.start for stage in experiment.stages if stage.name == "assisted")
-    init = functools.partial(state_lib.init, student.model, student.optimizer, config.seed, stage1_steps)
+    assist = experiment.first_assist()
+    layout = state_lib.state_shardings(student.model, student.optimizer, assist, experiment.mesh)
+    init = functools.partial(state_lib.init, student.model, student.optimizer, config.seed, assist)
     like = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(init), layout
     )
     checkpoints = Checkpoints(
-        run.checkpoints, keep_last=config.checkpoint.keep_last, keep=config_lib.kept_steps(config)
+        run.checkpoints, keep_last=config.checkpoint.keep_last, keep=config_rules.kept_steps(config)
     )
     restored = checkpoints.restore_newest(like, say)
     if restored:
         state, meta = restored
         say(f"{run}: going on from step {int(state.step)}")
         return state, meta, checkpoints
-    new = {"offset": 0, "tokens": 0.0, "flops": 0.0, "teacher_flops": 0.0, "seconds": {}}
-    return jax.jit(init, out_shardings=layout)(), new, checkpoints
-
-
-def _compile(
-    experiment: Experiment, state: TrainState, helpers: dict[str, helpers_lib.Helper], params_of: Any, say: Say
-) -> dict[str, Callable]:
-    """Every stage's step that is still to run, and the validation step, compiled: a lack of memory shows here."""
-    config, student = experiment.config, experiment.student
-    began = time.perf_counter()
-    batch = _batch_shapes(experiment)
-    layout = jax.tree.map(lambda x: x.sharding, state)
-    whole = sharding.replicated(experiment.mesh)
-    functions: dict[str, tuple[Callable, tuple, dict[str, Any]]] = {
-        "eval": (
-            functools.partial(steps.eval_step, model=student.model, block_bytes=student.block_bytes),
-            (state.params, batch),
-            {"out_shardings": whole},
-        )
-    }
-    after_step = {"out_shardings": (layout, whole), "donate_argnums": 0}
-    if int(state.step) < experiment.stages[-1].stop and experiment.stages[-1].name == "plain":
-        functions["plain"] = (functools.partial(steps.plain_step, student=student), (state, batch), after_step)
-    if helpers:
-        assisted = functools.partial(
-            steps.assisted_step,
-            student=student,
-            teacher=helpers["teacher"].model,
-            schedule=experiment.schedule,
-            temperature=config.assist.temperature,
-        )
-        functions["assisted"] = (assisted, (state, batch, params_of), after_step)
-    on_gpu = experiment.mesh.devices.flat[0].platform == "gpu"
-    options = {"xla_gpu_deterministic_ops": True} if config.compute.deterministic and on_gpu else None
-    compiled = {
-        name: jax.jit(function, **jit).lower(*arguments).compile(compiler_options=options)
-        for name, (function, arguments, jit) in functions.items()
-    }
-    say(
-        f"compiled {', '.join(compiled)} in {time.perf_counter() - began:.0f} s; "
-        f"{student.model.num_params():,} parameters, computing in {experiment.dtype} "
-        f"({config.compute.dtype}) on {experiment.mesh.size} x {experiment.mesh.devices.flat[0].device_kind}"
-    )
-    return compiled
-
-
-def _batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    shape = (experiment.config.batch_rows, experiment.config.data.seq_len)
-    where = sharding.batch_sharding(experiment.mesh)
-    dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), np.int32) | {"mask": np.float32}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in dtypes.items()}
+    return jax.jit(init, out_shardings=layout)(), Log.NEW, checkpoints
 
 
 def _write_identity(experiment: Experiment, run: RunDir, facts: dict[str, Any]) -> None:

@@ -11,13 +11,10 @@ from slm_assist import metrics, sharding, steps
 from slm_assist.assist import helpers as helpers_lib
 from slm_assist.evals import perplexity
 from slm_assist.experiment import Experiment, Say
+from slm_assist.feed import put
 from slm_assist.run_dir import RunDir
 
-
-def put(batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """A batch from the loader, on the devices; each process gives its own rows."""
-    names = ("tokens", "targets", "segment_ids", "positions", "mask")
-    return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in names}
+ARRAYS = ("tokens", "targets", "segment_ids", "positions", "mask")
 
 
 def validator(experiment: Experiment, run: RunDir, eval_step: Callable, say: Say) -> Callable:
@@ -28,7 +25,7 @@ def validator(experiment: Experiment, run: RunDir, eval_step: Callable, say: Say
     where = sharding.batch_sharding(experiment.mesh)
 
     def sums(params: Any, step: Callable = eval_step) -> dict[str, np.ndarray]:
-        return experiment.validation.row_sums(lambda batch: jax.device_get(step(params, put(batch, where))))
+        return experiment.validation.row_sums(lambda batch: jax.device_get(step(params, put(batch, ARRAYS, where))))
 
     if experiment.config.validation.buckets:
         experiment.validation.buckets = _buckets(experiment, sums, say)

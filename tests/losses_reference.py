@@ -24,6 +24,14 @@ def rank(z, y):
     return int(np.flatnonzero(np.argsort(-z, kind="stable") == y)[0])
 
 
+def truncate(u, k):
+    """-infinity but for the k first when the vocabulary is sorted by falling logit, equal logits by rising index."""
+    first = np.argsort(-u, kind="stable")[: k or len(u)]
+    truncated = np.full_like(u, -np.inf)
+    truncated[first] = u[first]
+    return truncated
+
+
 def describe(z, y):
     log_p = log_softmax(z)
     p = np.exp(log_p)
@@ -39,6 +47,7 @@ def loss(
     *,
     weight=0.0,
     temperature=1.0,
+    top_k=0,
     z_loss=0.0,
     softcap=0.0,
     logit_scale=1.0,
@@ -74,8 +83,9 @@ def loss(
         value, error = -log_p[y] + z_loss * lse**2, p - hard + 2 * z_loss * lse * p
         if teacher:
             u, _ = logits(teacher[0][at], teacher[1], teacher_softcap, teacher_logit_scale)
-            log_q = log_softmax(u / temperature)
+            log_q = log_softmax(truncate(u, top_k) / temperature)
             q = np.exp(log_q)
+            log_q = np.where(q > 0, log_q, 0.0)  # 0 log 0 = 0
             w = weight(describe(z, y), describe(u, y)) if callable(weight) else weight_at[at]
             value += w * (-(q * log_p).sum() + log_p[y])
             error += w * (hard - q)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from slm_assist import config as config_lib
+from slm_assist import config_rules
 from slm_assist.errors import UserError
 
 
@@ -20,7 +21,7 @@ from slm_assist.errors import UserError
         ({"checkpoint.keep": "1,x"}, "a list of ints"),
         ({"assist.weight": "1.5"}, "assist.weight=1.5: must lie between 0 and 1"),
         ({"assist.temperature": "0"}, "above 0"),
-        ({"assist.schedule": "salt"}, "choose one of constant, linear, none, step"),
+        ({"assist.schedule": "salt"}, "choose one of auto, constant, linear, none, ratio, step"),
         ({"optimizer.name": "adam"}, "did you mean adamw"),
         ({"assist.teacher": "runs/x"}, "assist.schedule=none: set assist.schedule=step"),
         ({"optimizer.warmup_steps": "1000"}, "leaves nothing of steps=1000"),
@@ -51,7 +52,7 @@ def test_layers_and_origins(tmp_path):
     assert origins["steps"] == "command line" and origins["assist.weight"] == str(file)
     assert origins["seed"] == "default"
     shown = config_lib.describe(config, origins)
-    assert all(f"{key} = " in shown for key in config_lib.flatten(config_lib.get_config()))
+    assert all(f"{key} = " in shown for key in config_rules.flatten(config_lib.get_config()))
 
 
 def test_experiment_files_that_are_not(tmp_path):
@@ -68,14 +69,14 @@ def test_experiment_files_that_are_not(tmp_path):
 def test_every_key_has_its_default_and_a_comment():
     source = Path(config_lib.__file__).read_text(encoding="utf-8")
     lines = {line.split(" = ")[0].strip(): line for line in source.splitlines() if line.startswith("    c.")}
-    for key in config_lib.flatten(config_lib.get_config()):
+    for key in config_rules.flatten(config_lib.get_config()):
         assert "  # " in lines[f"c.{key}"], key
 
 
 def test_n_kd():
     def steps(**keys):
         overrides = {"assist.teacher": "x", "steps": 208000} | {k.replace("__", "."): v for k, v in keys.items()}
-        return config_lib.assisted_steps(config_lib.resolve("", overrides)[0])
+        return config_rules.assisted_steps(config_lib.resolve("", overrides)[0])
 
     assert steps(assist__schedule="step") == pytest.approx(36000, abs=20)
     assert steps(assist__schedule="step", assist__steps=36000) == 36000

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
@@ -20,7 +21,15 @@ PYTHON = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines() if line]
 
 # The README's commands, on less data and for fewer steps.
-SMALL = tiny.KEYS | {"steps": 4, "data.cache_dir": "cache", "validation.every": 2, "data.domain_field": ""}
+SMALL = tiny.KEYS | {
+    "steps": 4,
+    "checkpoint.keep_fraction": 0.5,
+    "select.pool_factor": 2,
+    "data.cache_dir": "cache",
+    "validation.every": 2,
+    "data.domain_field": "",
+}
+WITH_KEYS = ("train", "prepare", "score")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +62,7 @@ def after_commands(workplace):
         for command in COMMANDS:
             words = shlex.split(command)
             if words[0] == "slm-assist":
-                assert cli.main(words[1:] + (small_options() if words[1] == "train" else [])) == 0, command
+                assert cli.main(words[1:] + (small_options() if words[1] in WITH_KEYS else [])) == 0, command
     finally:
         os.chdir(before)
     return workplace
@@ -97,13 +106,36 @@ def test_own_loop_is_under_20_lines():
 def test_readme_names_every_metric(workplace):
     """Each name in a run's metrics.jsonl stands in the README's table."""
     table = set(re.findall(r"`([a-z_]+)(?:\.\*)?`", README[README.index("### Metrics") : README.index("The buckets")]))
-    tiny.run(workplace, "metrics/small", steps=3)
+    small = str(tiny.run(workplace, "metrics/small", steps=3, data__sentinels=8, checkpoint__keep_fraction=0.3))
+    common = {"steps": 3, "select__steps": 1, "data__objective": "span", "data__vocabulary": small}
+    runs = [
+        tiny.run(workplace, "metrics/salt_ds", assist__schedule="step", assist__steps=1, assist__teacher=small,
+                 validation__buckets=small, select__rows="online", select__rule="threshold", **common),
+        tiny.run(workplace, "metrics/rho1", select__token_share=0.5, select__reference=small, **common),
+    ]  # fmt: skip
+    lines = [json.loads(line) for run in runs for line in run.metrics.read_text().splitlines()]
+    names = {key for line in lines for key in line} - {"kind", "step", "stage"}
+    assert {"rows", "score_threshold", "selected_tokens", "dropped_tokens"} <= names <= table
+
+
+def test_what_plugs_in_from_another_package(workplace, tmp_path, monkeypatch):
+    """The README's page of functions, each named by a config."""
+    (code,) = [code for code in PYTHON if code.startswith("# my_lab.py")]
+    (tmp_path / "my_lab.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    small = str(tiny.run(workplace, "plugged/small", steps=3, checkpoint__keep_fraction=0.3))
     run = tiny.run(
-        workplace, "metrics/salt", steps=3, assist__schedule="step", assist__steps=1, assist__teacher=str(
-            workplace / "metrics" / "small"), validation__buckets=str(workplace / "metrics" / "small"),
+        workplace, "plugged/salt_ds", steps=4, assist__schedule="my_lab:waves", assist__steps=2, assist__teacher=small,
+        select__rows="online", select__score="my_lab:certain", select__rule="my_lab:alternate",
+        data__objective="my_lab:second_half",
     )  # fmt: skip
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    assert {key for line in lines for key in line} - {"kind", "step", "stage"} <= table
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["assist_weight"] for line in train[:2]] == pytest.approx([0.5, 0.5 + 0.1 * np.sin(1)])
+    assert len(train[0]["rows"]) == 8 and train[0]["score_max"] <= 1
+    assert train[0]["tokens"] <= 8 * 16 + 8
+    poems = tiny.run(workplace, "plugged/poems", steps=3, data__source="my_lab:poems", data__vocab_size=330)
+    assert list(json.loads(poems.metrics.read_text().splitlines()[-1])["domains"]) == ["poems"]
 
 
 def test_no_link_in_the_readme_is_broken():

@@ -6,8 +6,10 @@ import threading
 import numpy as np
 import pytest
 
-from slm_assist.data.loader import Loader, Prefetcher
-from slm_assist.data.order import Order, permute
+from slm_assist.data.loader import Feed, Loader, Prefetcher
+from slm_assist.data.mixture import Mixture
+from slm_assist.data.objectives import causal
+from slm_assist.data.order import Order, permute, row_keys
 from slm_assist.data.rows import prepare
 from slm_assist.data.sources import open_source
 from slm_assist.errors import UserError
@@ -155,3 +157,79 @@ def test_prefetcher_makes_no_more_than_its_depth_ahead():
     with Prefetcher(loader, start=3, depth=2) as batches:
         batches.batch_at(3)
     assert max(loader.made) <= 5
+
+
+def test_epochs_count_how_often_a_row_came_before():
+    order = Order([7, 3, 11], seed=4)
+    positions = np.arange(30)
+    rows, epochs = order.rows_at(positions), order.epochs_at(positions)
+    assert epochs.tolist() == [list(rows[:i]).count(rows[i]) for i in range(30)] and epochs.dtype == np.int64
+
+
+def test_row_keys_depend_on_seed_epoch_and_row_alone():
+    epochs, ids = np.meshgrid(np.arange(30), np.arange(200) * 2**33)
+    keys = np.concatenate([row_keys(seed, epochs.ravel(), ids.ravel()) for seed in (0, 1, 2**31)])
+    assert keys.dtype == np.uint64 and len(set(keys.tolist())) == keys.size  # a clash has odds of 1e-11
+    bits = np.unpackbits(keys.view(np.uint8)).reshape(len(keys), 64).mean(axis=0)
+    assert np.abs(bits - 0.5).max() < 0.02  # 5 deviations
+    np.testing.assert_array_equal(row_keys(0, epochs[3:5, 2], ids[3:5, 2]), row_keys(0, epochs[:, 2], ids[:, 2])[3:5])
+    frozen = [9723152164400232264, 5267528338903686919, 11152160617401189963]
+    assert row_keys(7, np.array([0, 1, 0]), np.array([5, 5, 2**40])).tolist() == frozen
+
+
+def test_a_loader_may_start_at_any_step_and_position(rows):
+    order = Order(len(rows), seed=7)
+    plain, late = Loader(rows, order, B), Loader(rows, order, 2 * B, first_step=10, first_position=3 * B)
+    for n, (first, second) in {10: (3, 4), 11: (5, 6), 40: (63, 64)}.items():
+        halves = [plain.batch_at(first), plain.batch_at(second)]
+        same(late.batch_at(n), {name: np.concatenate([half[name] for half in halves]) for name in halves[0]})
+        np.testing.assert_array_equal(late.row_ids_at(n), late.batch_at(n)["row_ids"])
+    with pytest.raises(ValueError, match="batch 9 asked for, the first is 10"):
+        late.batch_at(9)
+    second = Loader(rows, order, 2 * B, first_step=10, first_position=3 * B, process_index=1, process_count=2)
+    np.testing.assert_array_equal(second.row_ids_at(11), late.row_ids_at(11))  # all hosts' rows
+    np.testing.assert_array_equal(second.batch_at(11)["row_ids"], late.row_ids_at(11)[B:])
+
+
+def keyed(ids, starts, length, keys):
+    """An objective that shows the keys it gets."""
+    return {"tokens": np.asarray(ids[:, :-1], np.int32) + 1, "keys": keys}
+
+
+@pytest.mark.parametrize("order_of", [Order, lambda n, seed: Mixture(np.zeros(n, int), ["x"], {"x": 1.0}, seed)])
+def test_an_objective_gets_a_key_for_each_row_and_epoch(rows, order_of):
+    order = order_of(len(rows), 7)
+    loader = Loader(rows, order, B, objective=keyed, seed=5)
+    for n in (0, 1, 2 * len(rows) // B):
+        positions = np.arange(n * B, n * B + B)
+        batch = loader.batch_at(n)
+        np.testing.assert_array_equal(batch["keys"], row_keys(5, order.epochs_at(positions), batch["row_ids"]))
+    assert set(batch) == {"tokens", "keys", "domain", "row_ids"}
+    other = Loader(rows, order, B, objective=keyed, seed=6).batch_at(0)
+    assert not np.isin(other["keys"], loader.batch_at(0)["keys"]).any()
+
+
+def test_the_causal_form_beside_another(rows):
+    order = Order(len(rows), seed=7)
+    plain = Loader(rows, order, B).batch_at(4)
+    both = Loader(rows, order, B, objective=keyed, causal_too=True).batch_at(4)
+    np.testing.assert_array_equal(both["tokens"], plain["tokens"] + 1)
+    names = causal(np.zeros((1, 2)), np.zeros((1, 2), bool), np.array([2])).keys()
+    same({name: both[f"causal_{name}"] for name in names}, {name: plain[name] for name in names})
+    assert set(both) == {"tokens", "keys", "domain", "row_ids"} | {f"causal_{name}" for name in names}
+
+
+def test_a_feed_takes_the_loader_whose_turn_it_is(rows):
+    order = Order(len(rows), seed=7)
+    first, second = Loader(rows, order, B), Loader(rows, order, 2 * B, first_step=3, first_position=3 * B)
+    third = Loader(rows, Order([1, 2, 3], seed=0), B, first_step=5)
+    feed = Feed([(0, first), (3, second), (5, third)])
+    with Prefetcher(feed, start=1) as batches:
+        for n, loader in enumerate([first, first, second, second, third, third], 1):
+            same(batches.batch_at(n), loader.batch_at(n))
+            np.testing.assert_array_equal(feed.row_ids_at(n), loader.row_ids_at(n))
+    with pytest.raises(ValueError, match="the first is 3"):
+        Feed([(3, second)]).batch_at(2)
+    for spans in ([], [(0, first), (0, second)], [(4, second), (3, third)]):
+        with pytest.raises(ValueError, match="must ascend"):
+            Feed(spans)

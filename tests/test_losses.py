@@ -63,13 +63,13 @@ def cap(x, softcap, scale):
 SHAPES = {"softcap": 4.0, "logit_scale": 0.6, "teacher_softcap": 3.0, "teacher_logit_scale": 1.7}
 
 
-def dense_distillation(hidden, head, teacher_hidden, teacher_head, targets, mask, *, weight, temperature, z_loss,
-                       per_token=False, softcap=0.0, logit_scale=1.0, teacher_softcap=0.0,
+def dense_distillation(hidden, head, teacher_hidden, teacher_head, targets, mask, *, weight, temperature, z_loss=0.0,
+                       top_k=0, per_token=False, softcap=0.0, logit_scale=1.0, teacher_softcap=0.0,
                        teacher_logit_scale=1.0):  # fmt: skip
     z = cap(jnp.dot(hidden, head, preferred_element_type=jnp.float32), softcap, logit_scale)
     u = cap(jnp.dot(teacher_hidden, teacher_head), teacher_softcap, teacher_logit_scale)
     return dense.distillation(
-        z, u, targets, mask, weight=weight, temperature=temperature, z_loss=z_loss, per_token=per_token
+        z, u, targets, mask, weight=weight, temperature=temperature, top_k=top_k, z_loss=z_loss, per_token=per_token
     )
 
 

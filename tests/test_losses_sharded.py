@@ -137,12 +137,12 @@ def equations(jaxpr, inside_scan=False):
                 yield from equations(inner, inside_scan or equation.primitive.name == "scan")
 
 
-def trace(mesh_shape=None, *, differentiate=True, per_token=False, tile=TILE, weight=None):
+def trace(mesh_shape=None, *, differentiate=True, per_token=False, tile=TILE, weight=None, top_k=0):
     args = arguments()
 
     def fn(*args):
         return jnp.sum(distillation(
-            *args[:-1], weight or args[-1], per_token=per_token, block_bytes=tile * VOCAB * 8,
+            *args[:-1], weight or args[-1], per_token=per_token, top_k=top_k, block_bytes=tile * VOCAB * 8,
         ).total)  # fmt: skip
 
     fn = jax.value_and_grad(fn, (0, 1)) if differentiate else fn
@@ -157,7 +157,9 @@ def outputs(found):
 
 
 @pytest.mark.parametrize("mesh_shape", [None, (4, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("options", [{}, {"per_token": True}, {"weight": weight_of_info}, {"differentiate": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"per_token": True}, {"weight": weight_of_info}, {"differentiate": False}, {"top_k": 3}]
+)
 def test_no_logits_beyond_block_bytes(mesh_shape, options):
     local = VOCAB // (mesh_shape[2] if mesh_shape else 1)
     sizes = [

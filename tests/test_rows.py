@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slm_assist.data import python_source, row_store, rows
+from slm_assist.data import python_source, row_store, rows, shards
 from slm_assist.data.objectives import causal
 from slm_assist.data.rows import open_rows, prepare
 from slm_assist.data.sources import open_source
@@ -82,6 +82,33 @@ def test_causal_against_the_slow_definition():
         assert got[name].dtype == (np.float32 if name == "mask" else np.int32)
 
 
+def test_get_hands_an_objective_what_is_stored_and_its_keys(spec, vocabulary, tmp_path):
+    train = make(spec, tmp_path, vocabulary=vocabulary).train
+    ids, keys, given = np.array([5, 0, 9]), np.array([1, 2, 2**63], np.uint64), []
+
+    def objective(*arguments):
+        given.extend(arguments)
+        return causal(*arguments)
+
+    got, plain = train.get(ids, objective, keys), train.get(ids)
+    for name in (*NAMES, "domain"):
+        np.testing.assert_array_equal(got[name], plain[name])
+    assert given[0].shape == given[1].shape == (3, T + 1) and given[2].shape == (3,)
+    np.testing.assert_array_equal(given[0][:, :-1], plain["tokens"])
+    np.testing.assert_array_equal(given[3], keys)
+
+
+def test_domains_without_reading_rows(spec, vocabulary, tmp_path):
+    train = make(spec, tmp_path, vocabulary=vocabulary).train
+    everything = train.get(np.arange(len(train)))["domain"]
+    assert len(set(everything)) == 3
+    np.testing.assert_array_equal(train.all_domains(), everything)
+    np.testing.assert_array_equal(train.domain(np.array([7, 3, 7])), everything[[7, 3, 7]])
+    assert train.all_domains() is train.all_domains() and train.domain(np.array([1])).dtype == np.int32
+    with pytest.raises(ValueError, match="read-only"):
+        train.all_domains()[0] = 1
+
+
 def slow_rows(documents, vocabulary, shard_documents):
     """Rows as (ids, starts, domain) from (text, domain) pairs, packed with lists, shard by shard."""
     for at in range(0, len(documents), shard_documents):
@@ -146,7 +173,7 @@ def test_a_vocabulary_of_32_bits_and_one_without_bos_and_eos(vocabulary):
 
 def test_a_second_call_opens_what_is_there(spec, vocabulary, tmp_path, monkeypatch):
     first = make(spec, tmp_path, vocabulary=vocabulary)
-    monkeypatch.setattr(rows, "_write_rows", None)  # calling it would fail
+    monkeypatch.setattr(rows, "write_rows", None)  # calling it would fail
     second = make(spec, tmp_path, vocabulary=vocabulary, cores=3)
     assert second.path == first.path and second.train.fingerprint == first.train.fingerprint
     assert second.vocabulary.fingerprint == vocabulary.fingerprint
@@ -155,7 +182,7 @@ def test_a_second_call_opens_what_is_there(spec, vocabulary, tmp_path, monkeypat
 def test_rows_of_a_vocabulary_learnt_before_are_made_once(spec, tmp_path, monkeypatch):
     options = {"seq_len": T, "cache_dir": tmp_path / "cache", "progress": False, "validation_fraction": 0.1}
     first = prepare(open_source(spec), vocab_size=330, **options)
-    monkeypatch.setattr(rows, "_write_rows", None)
+    monkeypatch.setattr(rows, "write_rows", None)
     again = prepare(open_source(spec), vocabulary=first.vocabulary, **options)
     assert again.train.fingerprint == first.train.fingerprint and again.path.resolve() == first.path.resolve()
 
@@ -206,10 +233,10 @@ def test_a_bad_line_leaves_nothing_behind(spec, vocabulary, tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_behind(spec, vocabulary, tmp_path, monkeypatch):
-    def full(self, shard, records, tokens):
+    def full(self, data, counts):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(rows._SplitWriter, "append", full)
+    monkeypatch.setattr(shards.SplitWriter, "append", full)
     with pytest.raises(UserError, match="No space left on device.*data.cache_dir"):
         make(spec, tmp_path, vocabulary=vocabulary)
     assert list(tmp_path.iterdir()) == []
@@ -263,15 +290,15 @@ def test_loading_runs_nothing(spec, vocabulary, tmp_path, monkeypatch):
 
 PREPARE = """
 import sys
-from slm_assist.data import rows
+from slm_assist.data import rows, shards
 from slm_assist.data.sources import open_source
-append = rows._SplitWriter.append
+append = shards.SplitWriter.append
 def slow(*args):
     append(*args)
     print("shard", flush=True)
     sys.stdin.readline()
 if sys.argv[3] == "slow":
-    rows._SplitWriter.append = slow
+    shards.SplitWriter.append = slow
 source = open_source(sys.argv[1], domain_field="set")
 rows.prepare(source, cache_dir=sys.argv[2], seq_len=32, vocab_size=330, validation_fraction=0.1,
              progress=False, shard_documents=16, cores=1)

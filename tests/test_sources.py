@@ -10,7 +10,7 @@ import time
 import pytest
 import zstandard
 
-from slm_assist.data import compressed, python_source, sources
+from slm_assist.data import compressed, paths, python_source, text_files
 from slm_assist.data.sources import open_source
 from slm_assist.errors import UserError
 
@@ -41,7 +41,7 @@ def test_a_long_text_file_is_cut_at_blank_lines_and_adds_up(tmp_path, newline):
     book = newline.join(paragraphs)
     (tmp_path / "book.txt").write_bytes(book.encode())
     pieces = texts(f"text:{tmp_path}/book.txt")
-    assert len(book.encode()) > 2 * sources._BLOCK  # so that it is read in several blocks
+    assert len(book.encode()) > 2 * text_files.BLOCK  # so that it is read in several blocks
     assert "".join(pieces) == book
     assert max(map(len, pieces)) <= 6144
     assert min(map(len, pieces[:-1])) >= 2048
@@ -136,15 +136,16 @@ def test_a_missing_domain_field_is_named(tmp_path):
 def test_bad_files_and_specs(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "blank.jsonl").write_text("\n\n")
-    (tmp_path / "latin.txt").write_bytes(b"x" * (sources._BLOCK - 1) + "naïve".encode("latin-1"))
+    (tmp_path / "latin.txt").write_bytes(b"x" * (text_files.BLOCK - 1) + "naïve".encode("latin-1"))
     (tmp_path / "cut.txt").write_bytes("naïve 🙂".encode()[:-1])
     assert "no file matches" in error(f"text:{tmp_path}/nothing*")
     assert f"use {tmp_path}/*" in error(f"text:{tmp_path}")
     assert "empty.txt: the file is empty" in error(f"text:{tmp_path}/*.txt")
     assert "blank.jsonl: no JSON line" in error(f"jsonl:{tmp_path}/*.jsonl")
-    assert f"latin.txt: not UTF-8 at byte {sources._BLOCK + 1}" in error(f"text:{tmp_path}/latin.txt")
+    assert f"latin.txt: not UTF-8 at byte {text_files.BLOCK + 1}" in error(f"text:{tmp_path}/latin.txt")
     assert "cut.txt: not UTF-8 at byte 7" in error(f"text:{tmp_path}/cut.txt")
     assert "did you mean jsonl" in error("json:x")
+    assert "write KIND:GLOB" in error("s3://bucket/a.txt")
     assert "did you mean text:book.txt" in error("book.txt")
     assert "names no files" in error("text:")
 
@@ -156,8 +157,8 @@ def test_fingerprint_follows_content_and_is_remembered(tmp_path, monkeypatch):
     first = open_source(spec, cache_dir=cache).fingerprint
     assert first == open_source(spec).fingerprint
     hashed = []
-    digest = sources.hashlib.file_digest
-    monkeypatch.setattr(sources.hashlib, "file_digest", lambda *a: hashed.append(a) or digest(*a))
+    digest = paths.hashlib.file_digest
+    monkeypatch.setattr(paths.hashlib, "file_digest", lambda *a: hashed.append(a) or digest(*a))
     assert open_source(spec, cache_dir=cache).fingerprint == first and not hashed
     (cache / "digests.json").write_text("damaged")
     assert open_source(spec, cache_dir=cache).fingerprint == first and len(hashed) == 1
@@ -221,3 +222,55 @@ def test_python_source_skips_and_counts_what_is_not_utf8(tmp_path, monkeypatch):
     files, skipped = python_source.python_files(0.03)
     assert [f.name for f in files] == ["good/a.py"] and skipped == 1
     assert "1 not UTF-8" in open_source("python:").describe()
+
+
+def test_pile_is_jsonl_in_the_piles_form(tmp_path):
+    records = [{"text": f"text {i}", "meta": {"pile_set_name": ["ArXiv", "Github"][i % 2]}} for i in range(5)]
+    content = "".join(json.dumps(record) + "\n" for record in records).encode()
+    (tmp_path / "00.jsonl.zst").write_bytes(COMPRESS[".zst"](content))
+    pile = open_source(f"pile:{tmp_path}/*.zst", text_field="ignored")
+    assert [d.domain for d in pile.documents()] == ["ArXiv", "Github", "ArXiv", "Github", "ArXiv"]
+    jsonl = open_source(f"jsonl:{tmp_path}/*.zst", domain_field="meta.pile_set_name")
+    assert list(pile.documents()) == list(jsonl.documents()) and pile.fingerprint == jsonl.fingerprint
+
+
+OWN = """
+from slm_assist.data.sources import Document
+import numpy as np
+def documents():
+    for i in range(20):
+        yield Document(f"text {i}", ["a", "b"][i % 2], "validation" if i > 15 else "train")
+documents.fingerprint, documents.splits = "one", True
+def ids():
+    yield Document("", "", ids=np.arange(3, 9))
+ids.fingerprint, ids.pretokenised = (lambda: "two"), True
+def plain():
+    yield Document("text", "")
+def wrong():
+    yield "text"
+def half():
+    yield Document("\\ud800", "")
+def other():
+    yield Document("x", "", "test")
+wrong.fingerprint = half.fingerprint = other.fingerprint = "three"
+"""
+
+
+def test_a_source_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_corpus.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_corpus", raising=False)
+    source = open_source("my_corpus:documents")
+    documents = list(source.documents())
+    assert [(d.text, d.domain) for d in documents[:2]] == [("text 0", "a"), ("text 1", "b")]
+    assert source.splits and [d.split for d in documents[15:17]] == ["train", "validation"]
+    assert not source.pretokenised and "my_corpus:documents" in source.describe()
+    ids = open_source("my_corpus:ids")
+    (document,) = ids.documents()
+    assert ids.pretokenised and document.domain == "ids" and document.ids.tolist() == list(range(3, 9))
+    assert ids.fingerprint != source.fingerprint
+    assert "set plain.fingerprint to a string" in error("my_corpus:plain")
+    assert "document 0: 'text' is no slm_assist.data.sources.Document with a text" in error("my_corpus:wrong")
+    assert "half a surrogate pair" in error("my_corpus:half")
+    assert "split 'test'" in error("my_corpus:other")
+    assert "documens" in error("my_corpus:documens") and "no_such.module" in error("no_such.module:f")

@@ -49,8 +49,9 @@ def make_student(microbatches: int = 1, z_loss: float = 0.0, name: str = "adamw"
 def run(kind: str, student: steps.Student, mesh=None, updates: int = 3):
     """`updates` updates; returns final parameters and the metrics of each."""
     mesh = mesh or sharding.make_mesh(1, 1, 1)
-    layout = state_lib.state_shardings(student.model, student.optimizer, mesh)
-    init = functools.partial(state_lib.init, student.model, student.optimizer, 0, 5)
+    assist = {"stage1_steps": jnp.int32(5)}
+    layout = state_lib.state_shardings(student.model, student.optimizer, assist, mesh)
+    init = functools.partial(state_lib.init, student.model, student.optimizer, 0, assist)
     state = jax.jit(init, out_shardings=layout)()
     teacher = jax.device_put(TEACHER.init(jax.random.key(1)), sharding.replicated(mesh))
     if kind == "plain":

@@ -1,7 +1,7 @@
 """Small LMs from other runs' directories: found, checked, laid out, frozen, and dropped when their stage ends."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -14,7 +14,13 @@ from slm_assist.errors import UserError
 from slm_assist.models import ModelConfig, Transformer
 from slm_assist.run_dir import RunDir
 
-KEYS = {"teacher": "assist.teacher", "buckets": "validation.buckets"}  # where the config names a role's run
+KEYS = {  # where the config names a role's run
+    "teacher": "assist.teacher",
+    "scorer": "select.scorer",
+    "reference": "select.reference",
+    "buckets": "validation.buckets",
+}
+NEWEST, KEPT = -1, -2  # steps that are found out: the newest whole checkpoint, the one kept for scoring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +39,16 @@ class Helper:
             "step": self.step,
             "parameters": self.model.num_params(),
             "train_flops": self.run.flops_at(self.step),
+            "bytes": self.bytes(),
         }
+
+    def bytes(self) -> int:
+        """Memory of its parameters, on every device."""
+        return self.model.num_params() * jnp.dtype(self.model.dtype).itemsize
+
+    def same(self, other: "Helper") -> bool:
+        """Whether both are one checkpoint of one run."""
+        return (self.run.path.resolve(), self.step) == (other.run.path.resolve(), other.step)
 
     def shapes(self, mesh: Mesh) -> Any:
         """Shapes, dtypes and layout of its parameters: whole on every device, in the compute dtype."""
@@ -59,7 +74,7 @@ def find(role: str, directory: str, *, step: int, vocabulary: Vocabulary, dtype:
     Args:
       role: one of `KEYS`.
       directory: the run that trained it.
-      step: one of that run's saved steps, or -1 for the newest whole checkpoint.
+      step: one of that run's saved steps, `NEWEST`, or `KEPT`.
       vocabulary: the student's.
       dtype: the dtype its parameters are kept and used in.
 
@@ -67,6 +82,7 @@ def find(role: str, directory: str, *, step: int, vocabulary: Vocabulary, dtype:
       UserError: no such run or step, or vocabularies that differ.
     """
     run = open_run(role, directory, step)
+    step = find_step(role, run, step)
     model = Transformer(ModelConfig.from_json(run.read(run.model)), dtype=dtype)
     difference = compare(vocabulary, Vocabulary.load(run.tokenizer))
     if difference:
@@ -78,7 +94,7 @@ def find(role: str, directory: str, *, step: int, vocabulary: Vocabulary, dtype:
 
 
 def open_run(role: str, directory: str, step: int = -1) -> RunDir:
-    """The run in `directory`, which has a checkpoint at `step` (-1: at any step).
+    """The run in `directory`, which has a checkpoint at `step` (below 0: at any step).
 
     Raises:
       UserError: there is no run, or no such checkpoint; says what there is.
@@ -88,12 +104,46 @@ def open_run(role: str, directory: str, step: int = -1) -> RunDir:
         raise UserError(f"{KEYS[role]}={directory}: there is no such directory; name the small LM's run directory")
     if not run.model.is_file():
         raise UserError(f"{KEYS[role]}={directory}: not a run directory, it has no {run.model.name}")
-    checkpoint.check_step(run.checkpoints, step)
+    checkpoint.check_step(run.checkpoints, max(step, NEWEST))
     return run
 
 
-def drop(helpers: dict[str, Any]) -> None:
-    """Frees the parameters of all helpers now, and forgets them."""
-    for leaf in jax.tree.leaves(helpers):
-        leaf.delete()
-    helpers.clear()
+def find_step(role: str, run: RunDir, step: int) -> int:
+    """The saved step that `KEPT` stands for; other steps are themselves.
+
+    Raises:
+      UserError: the run kept no checkpoint for scoring.
+    """
+    if step != KEPT:
+        return step
+    saved = checkpoint.whole_steps(run.checkpoints)
+    config = run.read(run.config)["config"]
+    kept = round(config["checkpoint"].get("keep_fraction", 0.0) * config["steps"])
+    if kept not in saved:
+        raise UserError(
+            f"{KEYS[role]}={run}: it kept no early checkpoint (checkpoint.keep_fraction=0.12 in its own run does); it "
+            f"has {', '.join(map(str, saved))}: choose one with {KEYS[role]}_step"
+        )
+    return kept
+
+
+def load_all(
+    helpers: dict[str, Helper], mesh: Mesh, say: Callable[[str], None] = print
+) -> tuple[dict[str, Helper], dict[str, Any]]:
+    """Helpers and their parameters by role; a checkpoint that serves in two roles is in memory once."""
+    loaded: dict[str, Helper] = {}
+    params_of: dict[str, Any] = {}
+    for role, helper in helpers.items():
+        helper, params = helper.load(mesh, say)
+        twin = next((other for other in loaded if loaded[other].same(helper)), None)
+        loaded[role], params_of[role] = helper, params if twin is None else params_of[twin]
+    return loaded, params_of
+
+
+def drop(params_of: dict[str, Any], names: Collection[str]) -> None:
+    """Frees the parameters of the roles `names` now, unless another role shares them, and forgets the roles."""
+    gone = [params_of.pop(name) for name in list(names)]
+    left = {id(leaf) for leaf in jax.tree.leaves(params_of)}
+    for leaf in jax.tree.leaves(gone):
+        if id(leaf) not in left and not leaf.is_deleted():
+            leaf.delete()

@@ -1,15 +1,16 @@
 """Labels: the next token (hard) and the small LM's predictions for the student's own inputs (soft)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from slm_assist.losses import Loss, blocked
+from slm_assist.losses import Loss, TokenStats, blocked
 from slm_assist.losses.common import Weight
 from slm_assist.models import Transformer
 
 Batch = Mapping[str, jax.Array]
+CountedTokens = Callable[[jax.Array, jax.Array], jax.Array]  # the student's (hidden, head) -> mask [B, T]
 
 
 class SoftLabels(NamedTuple):
@@ -22,24 +23,65 @@ class SoftLabels(NamedTuple):
 def hidden_and_head(model: Transformer, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Last hidden states [B, T, d] and output head [d, V] of `model` on the rows of `batch`.
 
-    Every model meets a batch through this function, so a teacher sees the student's exact inputs, segments
-    and positions.
+    Every model meets a batch through this function, so a teacher sees the student's exact inputs, segments,
+    positions and prefixes.
     """
-    hidden_BxTxD = model.apply(params, batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"])
+    hidden_BxTxD = model.apply(
+        params,
+        batch["tokens"],
+        segment_ids=batch["segment_ids"],
+        positions=batch["positions"],
+        prefix_mask=batch.get("prefix_mask"),
+    )
     return hidden_BxTxD, model.head(params)
 
 
+def token_stats(model: Transformer, params: Any, batch: Batch, *, block_bytes: int | None = None) -> TokenStats:
+    """(loss, rank) of every target of `batch` under `model`, [B, T] each; has no gradient."""
+    return stats_of(model, *jax.lax.stop_gradient(hidden_and_head(model, params, batch)), batch, block_bytes)
+
+
+def stats_of(
+    model: Transformer, hidden_BxTxD: jax.Array, head_DxV: jax.Array, batch: Batch, block_bytes: int | None = None
+) -> TokenStats:
+    """`token_stats` where the last hidden states are there already."""
+    return blocked.token_stats(
+        hidden_BxTxD,
+        head_DxV,
+        batch["targets"],
+        softcap=model.config.logit_softcap,
+        logit_scale=model.config.logit_scale,
+        block_bytes=block_bytes,
+    )
+
+
 def teach(teacher: Transformer, params: Any, batch: Batch) -> SoftLabels:
-    """The teacher's soft labels for `batch`; call it outside `jax.value_and_grad`."""
+    """The teacher's soft labels for `batch`; call it outside `jax.value_and_grad`.
+
+    Where the teacher has seen these rows already, as their scorer, `batch` brings its hidden states along.
+    """
+    if TEACHER_HIDDEN in batch:
+        return SoftLabels(batch[TEACHER_HIDDEN], teacher.head(params))
     return SoftLabels(*jax.lax.stop_gradient(hidden_and_head(teacher, params, batch)))
 
 
-def next_token_loss(student: Transformer, params: Any, batch: Batch, **options) -> Loss:
-    """Cross-entropy of the next token on a batch; `options` (z_loss, block_bytes, per_token) go to `blocked`."""
+TEACHER_HIDDEN = "teacher_hidden"
+
+
+def next_token_loss(
+    student: Transformer, params: Any, batch: Batch, *, counted: CountedTokens | None = None, **options
+) -> Loss:
+    """Cross-entropy of the next token on a batch.
+
+    Args:
+      counted: which tokens the loss counts, from what the student makes of them; None: those of the mask.
+      options: z_loss, block_bytes and per_token of `losses.blocked.cross_entropy`.
+    """
+    view = hidden_and_head(student, params, batch)
     return blocked.cross_entropy(
-        *hidden_and_head(student, params, batch),
+        *view,
         batch["targets"],
-        batch["mask"],
+        counted(*view) if counted else batch["mask"],
         softcap=student.config.logit_softcap,
         logit_scale=student.config.logit_scale,
         **options,
@@ -54,21 +96,21 @@ def soft_label_loss(
     soft_labels: SoftLabels,
     *,
     weight: Weight,
-    temperature: float = 1.0,
+    counted: CountedTokens | None = None,
     **options,
 ) -> Loss:
     """(1 - w) cross-entropy + w CE(q, p) on a batch, q from `soft_labels`, the result of `teach`.
 
-    Gradients reach `params` only. `options` (z_loss, block_bytes, per_token) and the result are those of
-    `losses.blocked.distillation`.
+    Gradients reach `params` only. `counted` is that of `next_token_loss`; `options` (temperature, top_k, z_loss,
+    block_bytes, per_token) and the result are those of `losses.blocked.distillation`.
     """
+    view = hidden_and_head(student, params, batch)
     return blocked.distillation(
-        *hidden_and_head(student, params, batch),
+        *view,
         *soft_labels,
         batch["targets"],
-        batch["mask"],
+        counted(*view) if counted else batch["mask"],
         weight=weight,
-        temperature=temperature,
         softcap=student.config.logit_softcap,
         logit_scale=student.config.logit_scale,
         teacher_softcap=teacher.config.logit_softcap,

@@ -7,51 +7,79 @@ training (arXiv 2410.18779). The kinds differ in how w ends:
     constant   w throughout: RKD
     step       w in stage 1, then 0: SALT
     linear     as step, but w decays linearly to 0 over the last `decay_steps` of stage 1
+    ratio      as linear, but it is w / (1 - w), soft against hard labels, that decays linearly
+    auto       w until `assist.auto` ends stage 1, at the latest after `steps` updates
+
+"package.module:function" names a schedule of somebody's own: `function(step) -> w` in stage 1, then 0.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from slm_assist.errors import one_of
+from slm_assist import plugins
+from slm_assist.errors import UserError, one_of
 
-KINDS = ("none", "constant", "step", "linear")
+KINDS = ("none", "constant", "step", "linear", "ratio", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
 class AssistSchedule:
-    """A weight for every update. Made by `assist_schedule`."""
+    """A weight for every update. Made by `assist_schedule`.
+
+    Attributes:
+      kind: as it was asked for.
+      weight: w before it decays.
+      stage1_steps: updates with the small LM; infinite for `constant`, None for `auto`, which has yet to decide.
+      decay_steps: updates at the end of stage 1 over which w goes to 0.
+      cap: `auto` only: the most that `stage1_steps` can become.
+      function: step -> w in stage 1, for schedules of somebody's own.
+    """
 
     kind: str
     weight: float
-    stage1_steps: int | float  # updates with the small LM; infinite for `constant`
+    stage1_steps: int | float | None
     decay_steps: int = 0
+    cap: int | None = None
+    function: Callable[[jax.Array], jax.Array] | None = None
 
     def weight_at(self, step: int | jax.Array) -> jax.Array:
-        """w, a float32 scalar, for the update `step` -> `step + 1`; traceable."""
+        """w, a float32 scalar, for the update `step` -> `step + 1`; traceable.
+
+        That of `auto` never ends by itself: whoever asks takes the small LM away.
+        """
+        if self.stage1_steps is None:
+            return jnp.float32(self.weight)
         step = jnp.asarray(step)
         remaining = self.stage1_steps - step
-        weight = jnp.where(remaining > 0, self.weight, 0.0)
+        weight = self.weight if self.function is None else self.function(step)
         if self.decay_steps:
-            weight = weight * jnp.clip(remaining / self.decay_steps, 0.0, 1.0)
-        return weight.astype(jnp.float32)
+            part = jnp.clip(remaining / self.decay_steps, 0.0, 1.0)
+            weight = weight * part
+            if self.kind == "ratio":  # r = part * w / (1 - w), and w = r / (1 + r)
+                weight = weight / (1 - self.weight + weight)
+        return jnp.where(remaining > 0, weight, 0.0).astype(jnp.float32)
 
 
 def assist_schedule(kind: str, *, weight: float = 0.667, steps: int = 0, decay_steps: int = 0) -> AssistSchedule:
     """The schedule of the small LM's weight.
 
     Args:
-      kind: `none`, `constant` (RKD), `step` (SALT) or `linear`.
-      weight: w in [0, 1]; the loss is (1 - w) cross-entropy + w CE(teacher, student).
-      steps: n_KD, the number of assisted updates; not used by `none` and `constant`.
-      decay_steps: `linear` only: the updates at the end of stage 1 over which w goes to 0; by default half.
+      kind: `none`, `constant` (RKD), `step` (SALT), `linear`, `ratio`, `auto`, or "package.module:function",
+        a traceable function from a step (int32 scalar) to w.
+      weight: w in [0, 1]; the loss is (1 - w) cross-entropy + w CE(teacher, student). Not used by a function.
+      steps: n_KD, the number of assisted updates, of `auto` the most; not used by `none` and `constant`.
+      decay_steps: `linear` and `ratio`: the updates at the end of stage 1 over which w goes to 0; by default half.
 
     Raises:
-      UserError: the kind is unknown.
+      UserError: the kind is unknown, `ratio` has a weight of 1, or a function cannot be found or gives no scalar.
       ValueError: a weight outside [0, 1], or `decay_steps` longer than stage 1.
     """
-    one_of("assist.schedule", kind, KINDS)
+    function = _function(kind) if plugins.is_plugin(kind) else None
+    if function is None:
+        one_of("assist.schedule", kind, KINDS)
     if not 0.0 <= weight <= 1.0:
         raise ValueError(f"weight {weight} must lie between 0 and 1")
     if kind == "none":
@@ -60,22 +88,24 @@ def assist_schedule(kind: str, *, weight: float = 0.667, steps: int = 0, decay_s
         return AssistSchedule(kind, weight, float("inf"))
     if steps < 0 or not 0 <= decay_steps <= steps:
         raise ValueError(f"steps {steps} and decay_steps {decay_steps} must satisfy 0 <= decay_steps <= steps")
-    if kind == "linear":
+    if kind == "auto":
+        return AssistSchedule(kind, weight, None, cap=steps)
+    if kind == "ratio" and weight == 1.0:
+        raise UserError(
+            "assist.weight=1.0: assist.schedule=ratio lets w / (1 - w) decay, which is infinite there; use a smaller "
+            "weight, or assist.schedule=linear"
+        )
+    if kind in ("linear", "ratio"):
         return AssistSchedule(kind, weight, steps, decay_steps or max(1, steps // 2))
-    return AssistSchedule(kind, weight, steps)
+    return AssistSchedule(kind, weight, steps, function=function)
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """Updates `start` up to, not including, `stop`, which share one compiled step."""
-
-    name: str  # "assisted" | "plain"
-    start: int
-    stop: int
-
-
-def stages(schedule: AssistSchedule, steps: int) -> tuple[Stage, ...]:
-    """The stages of a run of `steps` updates, in order, without empty ones."""
-    switch = int(min(schedule.stage1_steps, steps))
-    both = (Stage("assisted", 0, switch), Stage("plain", switch, steps))
-    return tuple(stage for stage in both if stage.stop > stage.start)
+def _function(name: str) -> Callable[[jax.Array], jax.Array]:
+    function = plugins.load("assist.schedule", name)
+    try:
+        shape = jax.eval_shape(lambda step: jnp.asarray(function(step)), jax.ShapeDtypeStruct((), jnp.int32)).shape
+    except Exception as error:  # it is somebody's code: anything may come out of it
+        raise UserError(f"assist.schedule={name!r}: it must map a traced step to w, but fails: {error!r}") from error
+    if shape:
+        raise UserError(f"assist.schedule={name!r}: it gives an array of shape {shape}; w is a scalar")
+    return function

@@ -1,13 +1,25 @@
 """Batches as a pure function of the step number, and a thread that makes them ahead of time."""
 
+import bisect
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 
-from slm_assist.data.order import Order
+from slm_assist.data.objectives import causal
+from slm_assist.data.order import row_keys
 from slm_assist.data.rows import Rows
 from slm_assist.errors import UserError
+
+
+class RowOrder(Protocol):
+    """What a Loader asks of an order: `Order` and `Mixture` have it."""
+
+    def rows_at(self, positions: np.ndarray) -> np.ndarray: ...
+
+    def epochs_at(self, positions: np.ndarray) -> np.ndarray: ...
 
 
 class Loader:
@@ -17,38 +29,107 @@ class Loader:
       rows: the prepared rows.
       order: which row stands at which position.
       batch_rows: rows in the global batch.
+      first_step, first_position: the batch of step `first_step` begins at this position of the order.
+      objective: what the rows ask of the model (see objectives.py); a row's draws come from a hash of `seed`,
+        the epoch and the row id.
+      seed: of the objective.
+      causal_too: adds what `objectives.causal` gives, each name with `causal_` in front: rows are scored by
+        it whatever the objective is.
       process_index, process_count: this host and how many there are; each gets a contiguous part.
 
     Raises:
       UserError: the hosts do not divide the batch.
     """
 
-    def __init__(self, rows: Rows, order: Order, batch_rows: int, *, process_index: int = 0, process_count: int = 1):
+    def __init__(
+        self,
+        rows: Rows,
+        order: RowOrder,
+        batch_rows: int,
+        *,
+        first_step: int = 0,
+        first_position: int = 0,
+        objective: Callable[..., dict[str, np.ndarray]] = causal,
+        seed: int = 0,
+        causal_too: bool = False,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         if batch_rows < 1 or batch_rows % process_count:
             raise UserError(f"a batch of {batch_rows} rows cannot be split over {process_count} hosts")
         self._rows, self._order, self._batch_rows = rows, order, batch_rows
+        self._first_step, self._first_position = first_step, first_position
+        self._objective, self._seed, self._causal_too = objective, seed, causal_too
         self._local = batch_rows // process_count
         self._offset = process_index * self._local
 
+    def _positions(self, n: int) -> np.ndarray:
+        """Positions of the whole batch of step n."""
+        if n < self._first_step:
+            raise ValueError(f"batch {n} asked for, the first is {self._first_step}")
+        first = self._first_position + (n - self._first_step) * self._batch_rows
+        return np.arange(first, first + self._batch_rows, dtype=np.int64)
+
+    def row_ids_at(self, n: int) -> np.ndarray:
+        """Row ids of the whole batch of step n, all hosts' parts one after another, int64 [B]; reads no row."""
+        return self._order.rows_at(self._positions(n))
+
     def batch_at(self, n: int) -> dict[str, np.ndarray]:
-        """The n-th batch: positions n * B to n * B + B of the order, whatever was asked before.
+        """The batch of step n, whatever was asked before.
 
         Returns:
           What `Rows.get` returns, for this host's B / process_count rows, and row_ids, int64.
         """
-        first = n * self._batch_rows + self._offset
-        row_ids = self._order.rows_at(np.arange(first, first + self._local, dtype=np.int64))
-        return self._rows.get(row_ids) | {"row_ids": row_ids}
+        positions = self._positions(n)[self._offset : self._offset + self._local]
+        row_ids = self._order.rows_at(positions)
+        keys = row_keys(self._seed, self._order.epochs_at(positions), row_ids)
+        objective = self._with_causal if self._causal_too else self._objective
+        return self._rows.get(row_ids, objective, keys) | {"row_ids": row_ids}
+
+    def _with_causal(self, ids: np.ndarray, starts: np.ndarray, length: np.ndarray, keys: np.ndarray) -> dict:
+        """Both forms of the same rows."""
+        plain = causal(ids, starts, length)
+        return self._objective(ids, starts, length, keys) | {f"causal_{name}": x for name, x in plain.items()}
+
+
+class Feed:
+    """Loaders that follow each other: each serves the steps from its own start to that of the next.
+
+    Args:
+      spans: (start step, Loader) in ascending order of the steps.
+
+    Raises:
+      ValueError: the steps do not ascend.
+    """
+
+    def __init__(self, spans: Sequence[tuple[int, Loader]]):
+        self._starts, self._loaders = [start for start, _ in spans], [loader for _, loader in spans]
+        if not spans or any(a >= b for a, b in zip(self._starts, self._starts[1:], strict=False)):
+            raise ValueError(f"spans must ascend, not start at {self._starts}")
+
+    def _at(self, n: int) -> Loader:
+        span = bisect.bisect_right(self._starts, n) - 1
+        if span < 0:
+            raise ValueError(f"batch {n} asked for, the first is {self._starts[0]}")
+        return self._loaders[span]
+
+    def batch_at(self, n: int) -> dict[str, np.ndarray]:
+        """The batch of step n, see `Loader.batch_at`."""
+        return self._at(n).batch_at(n)
+
+    def row_ids_at(self, n: int) -> np.ndarray:
+        """Row ids of the whole batch of step n, see `Loader.row_ids_at`."""
+        return self._at(n).row_ids_at(n)
 
 
 class Prefetcher:
     """Serves `loader.batch_at(start)`, `start + 1`, ... made ahead by a background thread.
 
-    Use it as a context manager, or call `close`. An error in the thread is raised by the `batch_at` that
-    asked for its batch.
+    `loader` is a Loader, a Feed, or whatever has a `batch_at`. Use it as a context manager, or call `close`.
+    An error in the thread is raised by the `batch_at` that asked for its batch.
     """
 
-    def __init__(self, loader: Loader, start: int = 0, depth: int = 2):
+    def __init__(self, loader: Loader | Feed, start: int = 0, depth: int = 2):
         self._loader, self._next, self._ahead = loader, start, start
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._batches = deque()

@@ -56,6 +56,19 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int = 0) -> np.ndarray:
     return out.astype(np.int64).reshape(np.shape(index))
 
 
+def row_keys(seed: int, epochs: np.ndarray, row_ids: np.ndarray) -> np.ndarray:
+    """A hash of (seed, epoch, row id) for each row, uint64 [N]: what a row's objective draws from.
+
+    Args:
+      seed: any integer, taken modulo 2**64.
+      epochs, row_ids: int64 [N].
+    """
+    key = _mix(np.full(1, (int(seed) * _GOLDEN + _GOLDEN) & _MASK, np.uint64))
+    for value in (epochs, row_ids):
+        key = _mix(key + np.asarray(value, np.int64).astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(_GOLDEN))
+    return key
+
+
 class Order:
     """An endless shuffled sequence of row ids: every epoch visits each row once, in an order of its own.
 
@@ -84,3 +97,7 @@ class Order:
             here = epochs == epoch
             out[here] = permute(index[here], self._n, self._seed, int(epoch))
         return out if self._rows is None else self._rows[out]
+
+    def epochs_at(self, positions: np.ndarray) -> np.ndarray:
+        """How often the row at each of `positions`, int64 [n], has been there before, int64 [n]."""
+        return np.asarray(positions, np.int64) // self._n

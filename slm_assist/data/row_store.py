@@ -107,23 +107,39 @@ class Rows:
         if size != written:
             raise UserError(f"{path}: {size} bytes where {written} were written; delete {path.parent}")
         self._records = np.memmap(path, dtype, mode="r", shape=(meta["rows"],))
+        self._domain: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def get(self, row_ids: np.ndarray, objective: Callable[..., dict] = causal) -> dict[str, np.ndarray]:
-        """Rows as arrays: those of `objectives.causal`, and domain, int32 [N].
+    def get(
+        self, row_ids: np.ndarray, objective: Callable[..., dict] = causal, keys: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Rows as arrays: those of the objective (see objectives.py), and domain, int32 [N].
 
         Args:
           row_ids: int64 [N].
+          objective: what the rows ask of the model.
+          keys: uint64 [N], what the objective draws from; `causal` needs none.
 
         Raises:
           UserError: a row is not what was written.
         """
         records = self._read(row_ids)
         starts = np.unpackbits(records["starts"], axis=1, count=self.seq_len + 1).view(bool)
-        arrays = objective(records["ids"], starts, records["length"])
+        arrays = objective(records["ids"], starts, records["length"], keys)
         return arrays | {"domain": np.ascontiguousarray(records["domain"], dtype=np.int32)}
+
+    def domain(self, row_ids: np.ndarray) -> np.ndarray:
+        """int32 [N], indices into `domains`, without reading the rows (or noticing damage in them)."""
+        return self._records["domain"][np.asarray(row_ids, np.int64)].astype(np.int32)
+
+    def all_domains(self) -> np.ndarray:
+        """int32 [rows], the domain of every row; read once, then kept. Not to be written to."""
+        if self._domain is None:
+            self._domain = self._records["domain"].astype(np.int32)
+            self._domain.flags.writeable = False
+        return self._domain
 
     def text(self, row_id: int) -> str:
         """The text of a row; documents follow each other without a mark."""

@@ -1,117 +1,165 @@
-"""Vocabularies: SentencePiece models that lose nothing.
+"""Vocabularies: from text to ids and back, whoever made them.
 
-A vocabulary trained here gives back any valid UTF-8 text exactly, `decode(encode(x)) == x`, with one
-exception that is SentencePiece's own: U+2581, the mark it uses for a space, comes back as a space. It learns
-byte pairs (BPE) without touching the text first (identity normalisation, no added or removed spaces), learns
-pieces of spaces alone, and spells what it has not seen in bytes.
+SentencePiece models (sentencepiece_model.py) and Hugging Face's tokenizer.json (hugging_face.py, which says how
+BOS and EOS are found) serve alike; `train_vocabulary` learns one of the former. Behind its pieces a vocabulary
+may have *sentinels*, ids that no text encodes to: they stand for corrupted spans (objectives.py).
 """
 
 import functools
 import hashlib
-import io
 import json
-import re
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import sentencepiece
 
+from slm_assist.data.hugging_face import HuggingFaceModel
+from slm_assist.data.paths import _remote, is_remote
+from slm_assist.data.sentencepiece_model import SentencePieceModel
+from slm_assist.data.vocabulary_training import SAMPLE_BYTES, train_model
 from slm_assist.errors import UserError
 
-MODEL_FILE = "tokenizer.model"
+MODEL_FILE = SentencePieceModel.file_name
 FINGERPRINT_FILE = "fingerprint.json"
-SAMPLE_BYTES = 8_000_000
-_SPACE = "\u2581"
-_PIECE_CHARS = 16_384  # long documents are sampled in pieces of this many characters
-_COVERAGE = 0.9995  # of the text, by characters with pieces of their own
-_RESERVED = 259  # 256 bytes, unknown, beginning, end
-SMALLEST = _RESERVED + 61  # pieces of the smallest vocabulary that is learnt
 
 
 class Vocabulary:
-    """A SentencePiece model: text to ids and back.
+    """Text to ids and back.
 
     Attributes:
-      size: number of pieces.
-      bos_id, eos_id: ids that begin and end a document, None where the model has none.
-      pad_id: the id that fills rows; never a target, so any will do (the model's own, else 0).
-      token_bytes: int32 [size], UTF-8 bytes that each id decodes to; 0 for control pieces.
+      size: number of ids, sentinels included.
+      bos_id, eos_id: ids that begin and end a document, None where there are none.
+      unk_id: the id of what has no pieces, None where there is none.
+      pad_id: the id that fills rows; never a target, so any will do (the vocabulary's own, else 0).
+      sentinel_ids: int32 [n], the id of sentinel 0, of sentinel 1, ...
+      token_bytes: int32 [size], UTF-8 bytes that each id decodes to; 0 for control pieces and sentinels.
       fingerprint: hex, over the pieces and how text is normalised; not over how the model was trained.
+      model: the bytes of its file.
     """
 
     def __init__(self, model: bytes, name: str = "vocabulary"):
-        """Wraps the bytes of a SentencePiece model; `name` says in errors where they are from."""
-        try:
-            if not model:
-                raise RuntimeError("it is empty")
-            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(f"{name}: not a SentencePiece model, or a damaged one; give another file") from error
+        """Wraps the bytes of a SentencePiece model or a tokenizer.json; `name` says in errors where they are from.
+
+        Raises:
+          UserError: they are neither; or the package tokenizers is missing.
+        """
+        is_json = name.endswith(".json") or model.lstrip()[:1] == b"{"
+        self._inside = (HuggingFaceModel if is_json else SentencePieceModel)(model, name)
         self.model = model
-        self._processor = processor
-        # Newer releases hand out arrays without passing through Python lists.
-        self._encode = getattr(processor, "encode_as_numpy", processor.encode)
-        self.size = processor.get_piece_size()
-        self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
-        self.eos_id = processor.eos_id() if processor.eos_id() >= 0 else None
-        self.pad_id = max(processor.pad_id(), 0)
-        self.fingerprint = _fingerprint(model)
+        self.bos_id, self.eos_id = self._inside.bos_id, self._inside.eos_id
+        self.unk_id, self.pad_id = self._inside.unk_id, self._inside.pad_id
+        self._set_sentinels(0, descending=False)
+
+    def _set_sentinels(self, n: int, descending: bool) -> None:
+        base = self._inside.size
+        ids = np.arange(base, base + n, dtype=np.int32)
+        self.size = base + n
+        self.sentinel_ids = ids[::-1] if descending else ids
+        self._sentinels = {"sentinels": n, "descending": descending} if n else {}
+        self.fingerprint = self._inside.fingerprint
+        if n:  # without sentinels it is what it was before there were any
+            said = f"{self.fingerprint} {json.dumps(self._sentinels, sort_keys=True)}"
+            self.fingerprint = hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+
+    def with_sentinels(self, n: int, *, descending: bool = False) -> "Vocabulary":
+        """This vocabulary with exactly `n` sentinels, instead of those it has.
+
+        Args:
+          n: how many; their ids follow those of the pieces.
+          descending: sentinel 0 has the last id and not the first behind the pieces, as T5 counts.
+
+        Raises:
+          UserError: `n` is negative.
+        """
+        if n < 0:
+            raise UserError(f"data.sentinels={n}: must be at least 0")
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.__dict__.pop("token_bytes", None)
+        other._set_sentinels(n, descending and n > 0)
+        return other
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
-        return np.array([self._bytes(i) for i in range(self.size)], np.int32)
-
-    def _bytes(self, i: int) -> int:
-        p = self._processor
-        if p.is_control(i) or p.is_unknown(i) or p.is_unused(i):
-            return 0
-        return 1 if p.is_byte(i) else len(p.id_to_piece(i).replace(_SPACE, " ").encode())
+        return np.array(self._inside.token_bytes() + [0] * len(self.sentinel_ids), np.int32)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS and EOS."""
-        return self._processor.encode(text)
+        return self._inside.encode(text)
 
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of `text` as an integer array [n]. Safe and parallel in threads: no lock is held meanwhile."""
-        return np.asarray(self._encode(text))
+        return self._inside.encode_array(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; control pieces vanish, broken byte sequences become U+FFFD."""
-        return self._processor.decode([int(i) for i in ids])
+        """The text of `ids`; control pieces and sentinels vanish, broken byte sequences become U+FFFD."""
+        return self._inside.decode(i for i in ids if not self._inside.size <= i < self.size)
 
     def pieces(self) -> list[str]:
-        """The pieces in the order of their ids, as SentencePiece writes them (U+2581 is a space)."""
-        return [self._processor.id_to_piece(i) for i in range(self.size)]
+        """The pieces in the order of their ids, as their file writes them, then <extra_id_0> and so on."""
+        names = {int(i): f"<extra_id_{n}>" for n, i in enumerate(self.sentinel_ids)}
+        return self._inside.pieces() + [names[i] for i in sorted(names)]
 
     def save(self, directory: str | Path) -> None:
-        """Writes the model and its fingerprint into `directory`, made if missing."""
-        directory = Path(directory)
+        """Writes the model and its fingerprint, with its sentinels, into `directory`, made if missing."""
+        directory = _path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / MODEL_FILE).write_bytes(self.model)
-        (directory / FINGERPRINT_FILE).write_text(json.dumps({"fingerprint": self.fingerprint}) + "\n")
+        facts = {"fingerprint": self.fingerprint} | self._sentinels
+        _write(directory / self._inside.file_name, self.model)
+        _write(directory / FINGERPRINT_FILE, (json.dumps(facts) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":
-        """Reads a SentencePiece model file, or a directory that `save` wrote.
+        """Reads a SentencePiece model, a tokenizer.json, or a directory that `save` wrote (or that has either).
+
+        A file has no sentinels, a saved directory has those it was saved with.
 
         Raises:
-          UserError: there is no such file, it is no SentencePiece model, or not the one that was saved.
+          UserError: there is no such file, it is no vocabulary, or not the one that was saved.
         """
-        path = Path(path).expanduser()
-        file = path / MODEL_FILE if path.is_dir() else path
+        path = _path(path)
+        is_directory = path.is_dir()
+        file = _file_in(path) if is_directory else path
+        saved = file.with_name(FINGERPRINT_FILE)
         try:
             vocabulary = cls(file.read_bytes(), str(file))
-            saved = file.with_name(FINGERPRINT_FILE)
-            if path.is_dir() and saved.exists():
-                expected = json.loads(saved.read_text())["fingerprint"]
-                if expected != vocabulary.fingerprint:
+            if is_directory and saved.exists():
+                facts = json.loads(saved.read_text())
+                vocabulary = vocabulary._with_saved(facts)
+                if facts["fingerprint"] != vocabulary.fingerprint:
                     raise UserError(f"{file}: not the vocabulary that was saved here ({saved.name} differs)")
         except OSError as error:
-            raise UserError(f"{file}: {error.strerror}; give a SentencePiece model file") from error
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            said = error.strerror or error
+            raise UserError(f"{file}: {said}; give a SentencePiece model or a tokenizer.json") from error
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise UserError(f"{saved}: damaged; delete it if {file.name} is the right vocabulary") from error
         return vocabulary
+
+    def _with_saved(self, facts: dict[str, Any]) -> "Vocabulary":
+        n = facts.get("sentinels", 0)
+        if not isinstance(n, int) or n < 0:
+            raise TypeError
+        return self.with_sentinels(n, descending=facts.get("descending", False)) if n else self
+
+
+def _path(path: str | Path) -> Any:
+    """A path here, or one of etils.epath where it leads off this machine (gs://)."""
+    return _remote(str(path)) if is_remote(path) else Path(path).expanduser()
+
+
+def _file_in(directory: Any) -> Any:
+    """The vocabulary's file in a directory; of two, the SentencePiece model."""
+    model, tokenizer = (directory / kind.file_name for kind in (SentencePieceModel, HuggingFaceModel))
+    return tokenizer if tokenizer.exists() and not model.exists() else model
+
+
+def _write(path: Any, content: bytes) -> None:
+    """The whole file or none of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def compare(a: Vocabulary, b: Vocabulary) -> str | None:
@@ -132,108 +180,10 @@ def compare(a: Vocabulary, b: Vocabulary) -> str | None:
 def train_vocabulary(texts: Iterable[str], size: int, *, sample_bytes: int = SAMPLE_BYTES) -> Vocabulary:
     """Learns a BPE vocabulary of `size` pieces from about `sample_bytes` of `texts`, spread evenly over them.
 
-    The same texts give the same model, byte for byte, on any machine with the same SentencePiece.
+    The same texts give the same model, byte for byte, on any machine with the same SentencePiece. It loses
+    nothing of a text (see vocabulary_training.py).
 
     Raises:
       UserError: `size` is too small for an alphabet, or more than the text can fill (says what would do).
     """
-    if size < SMALLEST:
-        raise UserError(f"data.vocab_size={size}: use at least {SMALLEST} (256 pieces are the bytes)")
-    sample = _even_sample(texts, sample_bytes)
-    if not sample:
-        raise UserError("there is no text to learn a vocabulary from")
-    out = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_known_letters(sample, (size - _RESERVED) // 2)),
-            model_writer=out,
-            model_type="bpe",
-            vocab_size=size,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            byte_fallback=True,
-            allow_whitespace_only_pieces=True,
-            character_coverage=1.0,
-            max_sentence_length=8 * _PIECE_CHARS,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=2,  # written into the model: a fixed number keeps its bytes the same everywhere
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        limit = re.search(r"value <= (\d+)", str(error))
-        if not limit:
-            raise
-        cure = f"use {limit[1]} or less, or more text" if int(limit[1]) >= SMALLEST else "give more text"
-        raise UserError(f"data.vocab_size={size} is more than the training text can fill: {cure}") from error
-    return Vocabulary(out.getvalue())
-
-
-def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for start in range(0, len(text), _PIECE_CHARS):
-            yield text[start : start + _PIECE_CHARS]
-
-
-def _even_sample(texts: Iterable[str], sample_bytes: int) -> list[str]:
-    """Every k-th piece of `texts`, k the least power of two that keeps at most `sample_bytes`. One pass."""
-    kept: list[tuple[int, str]] = []
-    total, step = 0, 1
-    for index, piece in enumerate(_pieces(texts)):
-        if index % step:
-            continue
-        kept.append((index, piece))
-        total += len(piece.encode())
-        while total > sample_bytes and len(kept) > 1:
-            step *= 2
-            kept = [(i, p) for i, p in kept if i % step == 0]
-            total = sum(len(p.encode()) for _, p in kept)
-    return [p for _, p in kept]
-
-
-def _known_letters(sample: list[str], letters: int) -> list[str]:
-    """`sample` without, and cut at, the characters that get no piece of their own; bytes will spell them.
-
-    Those are all beyond the most frequent that make up 99.95 % of the text, and beyond the first `letters`:
-    scripts with thousands of characters would not fit a small vocabulary. (SentencePiece has an option for
-    the share, with 98 % its least.) U+2585 always goes: SentencePiece skips every sentence that has it.
-    """
-    characters = np.frombuffer("".join(sample).encode("utf-32-le"), np.uint32)
-    counts = np.bincount(characters)
-    by_count = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
-    covered = np.cumsum(counts[by_count]) / len(characters)
-    rare = by_count[min(letters, int(np.searchsorted(covered, _COVERAGE)) + 1) :]
-    pattern = re.compile("[\u2585" + "".join(re.escape(chr(c)) for c in rare) + "]+")
-    return [part for text in sample for part in pattern.split(text) if part]
-
-
-def _fingerprint(model: bytes) -> str:
-    """Hash of all top-level fields of the model's protobuf but number 2, the record of its training."""
-    digest = hashlib.blake2b(digest_size=16)
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = model[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(model):
-        start = at
-        tag = varint()
-        if tag & 7 == 2:
-            length = varint()
-            at += length
-        else:
-            varint()
-        if tag >> 3 != 2:
-            digest.update(model[start:at])
-    return digest.hexdigest()
+    return Vocabulary(train_model(texts, size, sample_bytes=sample_bytes))

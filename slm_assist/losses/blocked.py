@@ -16,7 +16,6 @@ vocabulary may be split over `VOCAB_AXIS`, and the head's gradient is reduced on
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -27,7 +26,9 @@ from jax.sharding import PartitionSpec as P
 
 from slm_assist import sharding
 from slm_assist.errors import UserError
-from slm_assist.losses.common import Distribution, Loss, Span, TokenInfo, TokenStats, Weight, collect
+from slm_assist.losses.common import Loss, TokenStats, Weight, check_top_k, collect
+from slm_assist.losses.distribution import Span
+from slm_assist.losses.tile import Formula, LogitForm, Tokens, one_tile
 
 # Small enough for a CPU's caches; on accelerators large, as each tile passes once over the head's gradient.
 BLOCK_BYTES_CPU, BLOCK_BYTES = 16 * 2**20, 512 * 2**20
@@ -63,7 +64,7 @@ def cross_entropy(
       UserError: shapes that do not fit together.
     """
     student = _Model(hidden_BxTxD, head_DxV)
-    plan = _Plan(student=_LogitForm(softcap, logit_scale), z_loss=float(z_loss))
+    plan = _Plan(Formula(LogitForm(softcap, logit_scale), z_loss=float(z_loss)))
     return _loss(plan, student, _Frozen(target_BxT, mask_BxT), None, block_bytes, per_token)
 
 
@@ -77,6 +78,7 @@ def distillation(
     *,
     weight: Weight,
     temperature: float = 1.0,
+    top_k: int = 0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
@@ -93,24 +95,26 @@ def distillation(
       weight: w, a scalar, an array that broadcasts to [B, T], or a function of `TokenInfo`, called with the
         tokens of one tile [N]. It may close over traced values, but not over ones being differentiated.
       temperature: divides the teacher's logits (after cap and scale); 0.25 sharpens, 4 softens.
+      top_k: learn only the teacher's k likeliest tokens, renormalised, as in `dense.distillation`; 0: all.
       teacher_softcap, teacher_logit_scale: of the teacher's logits.
       block_bytes: here two models' logits are live.
       Others: as in `cross_entropy`.
 
     Raises:
-      UserError: shapes that do not fit together, or a temperature that is not positive.
+      UserError: shapes that do not fit together, a temperature that is not positive, a `top_k` beyond the vocabulary.
     """
     if not temperature > 0:
         raise UserError(f"temperature={temperature}: it divides the teacher's logits, use a positive number")
     student = _Model(hidden_BxTxD, head_DxV)
     teacher = jax.lax.stop_gradient(_Model(teacher_hidden_BxTxE, teacher_head_ExV))
-    plan = _Plan(
-        student=_LogitForm(softcap, logit_scale),
-        teacher=_LogitForm(teacher_softcap, teacher_logit_scale),
+    formula = Formula(
+        student=LogitForm(softcap, logit_scale),
+        teacher=LogitForm(teacher_softcap, teacher_logit_scale),
         temperature=float(temperature),
+        top_k=check_top_k(top_k, teacher_head_ExV.shape[1]),
         z_loss=float(z_loss),
     )
-    return _loss(plan, student, _Frozen(target_BxT, mask_BxT, teacher), weight, block_bytes, per_token)
+    return _loss(_Plan(formula), student, _Frozen(target_BxT, mask_BxT, teacher), weight, block_bytes, per_token)
 
 
 def token_stats(
@@ -123,29 +127,20 @@ def token_stats(
     block_bytes: int | None = None,
 ) -> TokenStats:
     """(loss, rank) of every target, [B, T] each; arguments as in `cross_entropy`. Has no gradient."""
+    if block_bytes is None and jax.default_backend() == "cpu":
+        block_bytes = BLOCK_BYTES_CPU // 2  # no gradient of the head to add to at each tile: smaller ones are faster
     student = jax.lax.stop_gradient(_Model(hidden_BxTxD, head_DxV))
     frozen = _Frozen(target_BxT, jnp.ones(target_BxT.shape, jnp.float32))
-    plan = _Plan(student=_LogitForm(softcap, logit_scale))
+    plan = _Plan(Formula(LogitForm(softcap, logit_scale)))
     terms, _ = _run(*_prepare(plan, student, frozen, None, block_bytes))
     return TokenStats(terms["cross_entropy"], terms["rank"])
-
-
-class _LogitForm(NamedTuple):
-    """softcap * tanh(scale * x / softcap), or scale * x for softcap 0."""
-
-    softcap: float
-    scale: float
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """All that is known before tracing."""
 
-    student: _LogitForm
-    teacher: _LogitForm | None = None
-    temperature: float = 1.0
-    z_loss: float = 0.0
-    weight_fn: Callable[[TokenInfo], jax.Array] | None = None
+    formula: Formula
     tile: int = 1  # tokens
     sharded: bool = False
     batch_axes: tuple[str, ...] = ()
@@ -164,17 +159,6 @@ class _Frozen(NamedTuple):
     mask: jax.Array
     teacher: _Model | None = None
     weight: jax.Array | None = None  # [B, T], unless the plan has a function
-
-
-class _Tokens(NamedTuple):
-    """Arrays with one entry a token: [B, T, ...], or [N, ...] in a tile. `scale` multiplies the gradient."""
-
-    hidden: jax.Array
-    target: jax.Array
-    keep: jax.Array
-    teacher_hidden: jax.Array | None
-    weight: jax.Array | None
-    scale: jax.Array | None
 
 
 def _prepare(plan: _Plan, student: _Model, frozen: _Frozen, weight: Weight | None, block_bytes: int | None):
@@ -197,7 +181,7 @@ def _prepare(plan: _Plan, student: _Model, frozen: _Frozen, weight: Weight | Non
 
     frozen = frozen._replace(mask=jax.lax.stop_gradient(frozen.mask.astype(jnp.float32)))
     if callable(weight):
-        plan = dataclasses.replace(plan, weight_fn=weight)
+        plan = dataclasses.replace(plan, formula=dataclasses.replace(plan.formula, weight_fn=weight))
     elif weight is not None:
         weight = jnp.asarray(jax.lax.stop_gradient(weight), jnp.float32)
         frozen = frozen._replace(weight=jnp.broadcast_to(weight, frozen.target.shape))
@@ -281,13 +265,13 @@ def _token_terms_backward(plan, inputs, cotangent: Loss):
 _token_terms.defvjp(_token_terms_forward, _token_terms_backward)
 
 
-# Shards, tiles, one tile.
+# Shards and tiles.
 
 
 def _run(plan: _Plan, student: _Model, frozen: _Frozen, scale_BxT: jax.Array | None = None):
     """Terms of each token ({name: [B, T]}) and, given `scale`, the gradient of sum(scale * total)."""
     # Compiled once for calls outside `jit`, but a cache must not hold what a function closes over.
-    run = _run_mesh if plan.weight_fn else _run_mesh_compiled
+    run = _run_mesh if plan.formula.weight_fn else _run_mesh_compiled
     return run(plan, student, frozen, scale_BxT)
 
 
@@ -295,7 +279,7 @@ def _run_mesh(plan: _Plan, student: _Model, frozen: _Frozen, scale_BxT: jax.Arra
     """`_run` on the ambient mesh, or on one device."""
     teacher = frozen.teacher
     keep, teacher_hidden = frozen.mask != 0, None if teacher is None else teacher.hidden
-    tokens = _Tokens(student.hidden, frozen.target, keep, teacher_hidden, frozen.weight, scale_BxT)
+    tokens = Tokens(student.hidden, frozen.target, keep, teacher_hidden, frozen.weight, scale_BxT)
     # Cast before the shards gather their heads: half the traffic in bfloat16.
     heads = [model.head.astype(model.hidden.dtype) for model in (student, teacher) if model is not None]
     run = partial(_run_shard, plan)
@@ -312,23 +296,23 @@ def _run_mesh(plan: _Plan, student: _Model, frozen: _Frozen, scale_BxT: jax.Arra
 _run_mesh_compiled = jax.jit(_run_mesh, static_argnums=0)
 
 
-def _run_shard(plan: _Plan, tokens: _Tokens, heads: list[jax.Array]):
+def _run_shard(plan: _Plan, tokens: Tokens, heads: list[jax.Array]):
     """`_run` for the tokens and the part of the vocabulary that one device holds."""
     shape, size = tokens.target.shape, heads[0].shape[1]
     span = Span(jax.lax.axis_index(plan.vocab_axis) * size, plan.vocab_axis) if plan.vocab_axis else Span()
     count = math.prod(shape)
     tiles = -(-count // plan.tile)
     tokens = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), tokens)
-    one_tile = partial(_tile, plan, span, heads)
+    run_tile = partial(one_tile, plan.formula, span, heads)
     if tiles == 1:
-        terms, dhidden, dhead = one_tile(tokens)
+        terms, dhidden, dhead = run_tile(tokens)
     else:
         padding = tiles * plan.tile - count  # keep = False
         pad = lambda x: jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
         tokens = jax.tree.map(lambda x: pad(x).reshape(tiles, plan.tile, *x.shape[1:]), tokens)
 
         def step(dhead, tile):
-            terms, dhidden, dhead_tile = one_tile(tile)
+            terms, dhidden, dhead_tile = run_tile(tile)
             return dhead if dhead_tile is None else dhead + dhead_tile, (terms, dhidden)
 
         start = None if tokens.scale is None else jnp.zeros(heads[0].shape, jnp.float32)
@@ -339,57 +323,3 @@ def _run_shard(plan: _Plan, tokens: _Tokens, heads: list[jax.Array]):
         return terms, _Model(None, None)
     dhidden = span.join(dhidden).astype(tokens.hidden.dtype).reshape(*shape, -1)
     return terms, _Model(dhidden, jax.lax.psum(dhead, plan.batch_axes) if plan.batch_axes else dhead)
-
-
-def _tile(plan: _Plan, span: Span, heads: list[jax.Array], tokens: _Tokens):
-    """One tile: terms of each token {name: [N]}, and with `tokens.scale` dhidden [N, D] and dhead [D, V].
-
-    Masked tokens become zeros on entry: finite, whatever was there, so that their zero error stays zero.
-    """
-    keep = tokens.keep
-    hidden, target = jnp.where(keep[:, None], tokens.hidden, 0), jnp.where(keep, tokens.target, 0)
-    student = Distribution(_logits(hidden, heads[0], plan.student), target, span)
-    terms = {"total": student.loss, "cross_entropy": student.loss, "rank": student.rank}
-    teacher, weight = None, 0.0
-
-    if tokens.teacher_hidden is not None:
-        teacher_hidden = jnp.where(keep[:, None], tokens.teacher_hidden, 0)
-        teacher = Distribution(_logits(teacher_hidden, heads[1], plan.teacher), target, span)
-        soft = teacher
-        if plan.temperature != 1.0:
-            soft = Distribution(teacher.logits / plan.temperature, target, span)
-        weight = plan.weight_fn(_info(student, teacher)) if plan.weight_fn else tokens.weight
-        weight = jnp.where(keep, weight, 0.0)
-        soft_loss = student.log_sum - soft.mean(student.shifted)
-        terms["total"] = (1 - weight) * student.loss + weight * soft_loss
-        # Not soft_loss - entropy(q): this way equal models give exactly 0.
-        terms["distillation_kl"] = student.log_sum - soft.log_sum + soft.mean(soft.shifted - student.shifted)
-        terms["teacher_cross_entropy"], terms["teacher_rank"] = teacher.loss, teacher.rank
-    if plan.z_loss:
-        terms["total"] += plan.z_loss * student.logsumexp**2
-    if tokens.scale is None:
-        return terms, None, None
-
-    # The error term, its factors gathered so that each logit is touched once.
-    scale = jnp.where(keep, tokens.scale, 0.0)
-    of_p = scale * (1 + 2 * plan.z_loss * student.logsumexp) / student.sum_exp
-    of_y = scale * (1 - weight)
-    error = of_p[:, None] * student.exp - jnp.where(student.is_target(), of_y[:, None], 0.0)
-    if teacher is not None:
-        error -= (scale * weight / soft.sum_exp)[:, None] * soft.exp
-    if plan.student.softcap:
-        error *= 1 - (student.logits / plan.student.softcap) ** 2
-    error = (plan.student.scale * error).astype(hidden.dtype)
-    dhidden = jnp.einsum("nv,dv->nd", error, heads[0], preferred_element_type=jnp.float32)
-    dhead = jnp.einsum("nd,nv->dv", hidden, error, preferred_element_type=jnp.float32)
-    # Parts of a sum over the vocabulary stay float32 until they are joined.
-    return terms, dhidden if span.axis else dhidden.astype(hidden.dtype), dhead
-
-
-def _logits(hidden_NxD: jax.Array, head_DxV: jax.Array, form: _LogitForm) -> jax.Array:
-    logits = form.scale * jnp.dot(hidden_NxD, head_DxV, preferred_element_type=jnp.float32)
-    return form.softcap * jnp.tanh(logits / form.softcap) if form.softcap else logits
-
-
-def _info(student: Distribution, teacher: Distribution) -> TokenInfo:
-    return TokenInfo(*(f for d in (student, teacher) for f in (d.loss, d.entropy, d.top_probability, d.rank)))

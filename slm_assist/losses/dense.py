@@ -7,6 +7,7 @@ Student logits z, teacher logits u, target y, mask m, weight w (SALT, arXiv 2410
     CE(q, p) = -sum_v q_v log p_v = KL(q || p) + entropy(q)
 
 The temperature divides the teacher's logits only (0.25 sharpens, 4 softens) and no temperature^2 is applied.
+With `top_k` q is restricted to the teacher's k likeliest tokens, ties going to the lower index, and renormalised.
 Values at masked positions, and targets there, have no influence whatever they are. A target outside
 the vocabulary at an unmasked position makes the loss NaN.
 """
@@ -14,7 +15,8 @@ the vocabulary at an unmasked position makes the loss NaN.
 import jax
 import jax.numpy as jnp
 
-from slm_assist.losses.common import Loss, TokenInfo, Weight, collect
+from slm_assist.losses.common import Loss, TokenInfo, Weight, check_top_k, collect
+from slm_assist.losses.distribution import without_negative_zeros
 
 
 def cross_entropy(
@@ -47,6 +49,7 @@ def distillation(
     *,
     weight: Weight,
     temperature: float = 1.0,
+    top_k: int = 0,
     z_loss: float = 0.0,
     per_token: bool = False,
 ) -> Loss:
@@ -56,11 +59,17 @@ def distillation(
       weight: w, a scalar, an array that broadcasts to [B, T], or a function of `TokenInfo`. Neither it nor
         the teacher gets a gradient.
       temperature: divides the teacher's logits.
+      top_k: q has only the k members of `jax.lax.top_k(teacher_logits, k)`; 0: all. `distillation_kl` is then that
+        from the truncated q: not 0 for identical models, but the -log of what p gives to those tokens or more.
       Others: as in `cross_entropy`.
+
+    Raises:
+      UserError: `top_k` is larger than the vocabulary.
     """
     z, u, y = _unmasked(mask_BxT, student_logits_BxTxV, teacher_logits_BxTxV, target_BxT)
     u = jax.lax.stop_gradient(u)
-    log_p, log_q = jax.nn.log_softmax(z), jax.nn.log_softmax(u / temperature)
+    listened = _top(u, check_top_k(top_k, u.shape[-1]))
+    log_p, log_q = jax.nn.log_softmax(z), jax.nn.log_softmax(jnp.where(listened, u / temperature, -jnp.inf))
     q = jnp.exp(log_q)
     w = weight(jax.lax.stop_gradient(_info(z, u, y))) if callable(weight) else weight
     (w,) = _unmasked(mask_BxT, jnp.broadcast_to(jax.lax.stop_gradient(w), y.shape))
@@ -82,6 +91,14 @@ def rank(logits_BxTxV: jax.Array, target_BxT: jax.Array) -> jax.Array:
     z, y, z_y = logits_BxTxV, target_BxT[..., None], _at(logits_BxTxV, target_BxT)[..., None]
     behind = (z < z_y) | ((z == z_y) & (jnp.arange(z.shape[-1]) >= y))
     return jnp.sum(~behind, axis=-1, dtype=jnp.int32)
+
+
+def _top(u: jax.Array, k: int) -> jax.Array:
+    """Whether each entry is among the k largest, equal ones by rising index, bool [B, T, V]; k = 0 for all."""
+    if k == 0:
+        return jnp.ones(u.shape, bool)
+    ids = jax.lax.top_k(without_negative_zeros(u), k)[1]
+    return jnp.put_along_axis(jnp.zeros(u.shape, bool), ids, True, axis=-1, inplace=False)
 
 
 def _info(z: jax.Array, u: jax.Array, y: jax.Array) -> TokenInfo:

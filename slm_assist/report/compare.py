@@ -12,14 +12,14 @@ from slm_assist.report import stats
 from slm_assist.report.runs import Run, read_run
 from slm_assist.report.stats import Estimate, estimate
 
-SMALL, BASELINE, RKD, SALT, OTHER = KINDS = ("small LM", "BASELINE", "RKD", "SALT", "other")
+SMALL, BASELINE, RKD, SALT, SALT_DS, OTHER = KINDS = ("small LM", "BASELINE", "RKD", "SALT", "SALT_DS", "other")
 AXES = {"steps": "step", "flops": "train_flops", "seconds": "train_seconds"}
 METRICS = ("log_perplexity", "bits_per_byte", "accuracy")
 BUCKETS = ("easy", "medium", "hard")
 SHARES = {"free": 0.0, "shared": 0.1, "full": 1.0}  # part of the small LM's own cost that is charged
 SAME = {"vocabulary": "vocabulary", "validation_rows": "validation rows", "objective": "objective"}
-PER_SEED = ("seed", "data.order_seed", "assist.teacher", "validation.buckets", "data.vocabulary",
-            "validation.every", *MAY_CHANGE_ON_RESUME)  # fmt: skip
+PER_SEED = ("seed", "data.order_seed", "assist.teacher", "validation.buckets", "data.vocabulary", "validation.every",
+            "select.scorer", "select.reference", "select.list", *MAY_CHANGE_ON_RESUME)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ class Method:
       to_target: cost until BASELINE's final quality, by axis, absolute (no value: not reached).
       ratio: the same over BASELINE's own, by axis, then by share of the small LM's cost charged.
       whole: cost of the whole run over BASELINE's, as `ratio`.
-      seconds: by phase; flops: student and teacher, all in the run itself.
-      helper: what the small LM's own training cost, `flops` and `seconds`; None: not known.
+      seconds: by phase; flops: student, teacher and scorer (all scoring), all in the run itself.
+      helper: what the small LMs' own training cost, `flops` and `seconds`; None: not known.
     """
 
     name: str
@@ -59,7 +59,13 @@ class Method:
 
     @property
     def assisted(self) -> bool:
-        return any(run.schedule != "none" for run in self.runs)
+        return any(run.assisted for run in self.runs)
+
+    @property
+    def small_lms(self) -> str:
+        """`small LM`, or `small LMs` where several distinct ones helped a run."""
+        several = any(len({helper["run"] for helper in run.helpers.values()}) > 1 for run in self.runs)
+        return "small LMs" if several else "small LM"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +114,7 @@ def compare(runs: Sequence[str | Path], *, baseline: str | None = None) -> Compa
                 total = run.config.get("steps", "?")
                 notes.append(f"{run.path} is unfinished (step {run.final['step']} of {total}): {fate}.")
         methods.append(_measure(name, _kind(name, group, small, base_name), tuple(done or group)))
-    methods.sort(key=lambda method: (KINDS.index(method.kind), method.runs[0].schedule == "none"))
+    methods.sort(key=lambda method: (KINDS.index(method.kind), not method.assisted))
     base = next((method for method in methods if method.name == base_name), None)
     methods = [_charge(method, read) for method in methods]
     if base and base.finished:
@@ -162,11 +168,11 @@ def _twins(run: Run, group: list[Run]) -> bool:
 def _differing(a: Run, b: Run) -> list[str]:
     flat_a, flat_b = flatten(a.config), flatten(b.config)
     return [key for key in sorted(flat_a.keys() | flat_b.keys())
-            if flat_a.get(key) != flat_b.get(key) and not key.startswith(PER_SEED)]  # fmt: skip
+            if flat_a.get(key) != flat_b.get(key) and not _per_seed(key)]  # fmt: skip
 
 
-def _helpers(run: Run) -> list[dict[str, Any]]:
-    return list((run.facts.get("helpers") or {}).values())
+def _per_seed(key: str) -> bool:
+    return key in PER_SEED or any(key.startswith(section) for section in PER_SEED if section.endswith("."))
 
 
 def _helps(small: Run, helper: dict[str, Any]) -> bool:
@@ -177,7 +183,7 @@ def _helps(small: Run, helper: dict[str, Any]) -> bool:
 
 
 def _is_small(run: Run, runs: Sequence[Run]) -> bool:
-    return any(_helps(run, helper) for other in runs if other is not run for helper in _helpers(other))
+    return any(_helps(run, helper) for other in runs if other is not run for helper in other.helpers.values())
 
 
 def _find_baseline(groups: dict[str, list[Run]], small: set[str], asked: str | None) -> str | None:
@@ -186,7 +192,7 @@ def _find_baseline(groups: dict[str, list[Run]], small: set[str], asked: str | N
             if asked == name or any(Path(asked).resolve() == run.path.resolve() for run in group):
                 return name
         raise UserError(f"baseline {asked!r} is none of {', '.join(groups)}{nearest(asked, groups)}")
-    plain = [n for n, group in groups.items() if n not in small and all(r.schedule == "none" for r in group)]
+    plain = [n for n, group in groups.items() if n not in small and not any(r.assisted or r.selection for r in group)]
     named = [name for name in plain if name.casefold() == "baseline"]
     if len(named or plain) > 1:
         raise UserError(f"{', '.join(named or plain)} could each be the baseline; say which (baseline=NAME)")
@@ -198,7 +204,12 @@ def _kind(name: str, group: list[Run], small: set[str], baseline: str | None) ->
         return BASELINE
     if name in small:
         return SMALL
-    return {"constant": RKD, "step": SALT, "linear": SALT, "ratio": SALT}.get(group[0].schedule, OTHER)
+    run = group[0]
+    if run.schedule == "none" or run.selection not in ("", "rows"):
+        return OTHER
+    if run.selection:
+        return SALT_DS if run.schedule != "constant" and run.config["select"].get("rule") != "random" else OTHER
+    return RKD if run.schedule == "constant" else SALT
 
 
 def _measure(name: str, kind: str, runs: tuple[Run, ...]) -> Method:
@@ -212,7 +223,8 @@ def _measure(name: str, kind: str, runs: tuple[Run, ...]) -> Method:
 
     def totals(field: str) -> dict[str, Estimate]:
         parts = [(run.summary or {}).get(field) or {} for run in runs]
-        return {key: estimate([part.get(key, 0.0) for part in parts]) for key in parts[0]}
+        keys = dict.fromkeys(key for part in parts for key in part)
+        return {key: estimate([part.get(key, 0.0) for part in parts]) for key in keys}
 
     final = {metric: estimate([run.column(metric)[-1] for run in runs]) for metric in METRICS}
     return Method(name, kind, runs, _curves(runs), final, over_seeds("domains"), over_seeds("buckets"),
@@ -234,16 +246,19 @@ def _curves(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _charge(method: Method, runs: Sequence[Run]) -> Method:
-    """Adds what the small LM's own training cost, up to the step that helped."""
+    """Adds what the small LMs' own training cost, up to the steps that helped, and the scoring for lists of rows."""
     if not method.assisted:
         return method
     costs: dict[str, list[float | None]] = {"flops": [], "seconds": []}
     for run in method.runs:
-        # one run in several roles was trained once: its latest step is charged
-        helpers = {h["run"]: h for h in sorted(_helpers(run), key=lambda helper: helper.get("step", 0))}
+        # one run in several roles was trained once: the step of the most FLOPs is charged
+        by_cost = sorted(run.helpers.values(), key=lambda h: (h.get("train_flops") or 0, h.get("step", 0)))
+        helpers = {helper["run"]: helper for helper in by_cost}
         found = [_helper_cost(helper, run, runs) for helper in helpers.values()]
         for axis, values in costs.items():
             parts = [cost[axis] for cost in found]
+            if run.scoring_flops != 0:  # for a list; how long that took is in no file of the run
+                parts.append(run.scoring_flops if axis == "flops" else None)
             values.append(None if None in parts or not parts else sum(parts))
     return dataclasses.replace(method, helper={axis: estimate(values) for axis, values in costs.items()})
 

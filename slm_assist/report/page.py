@@ -1,6 +1,5 @@
 """One HTML page that needs nothing beside it, its pictures, and results.json with every figure in it."""
 
-import base64
 import html
 import json
 import os
@@ -9,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from slm_assist.errors import UserError
-from slm_assist.report import tables
+from slm_assist.report import coloured, selection_page, selection_plots, tables
 from slm_assist.report.compare import Comparison, Method
-from slm_assist.report.plots import pictures
+from slm_assist.report.page_parts import figure_html, table_html
+from slm_assist.report.plots import colours_of, pictures
+from slm_assist.report.selection import Selection, look
 from slm_assist.report.words import first_lines
 
 STYLE = """
@@ -25,6 +26,7 @@ ul.first li.data, ul.first li.noise { border-color: #0072B2; }
 img { width: 100%; height: auto; } figure { margin: 0; }
 figcaption, p.note { color: #555; font-size: .87rem; margin: .4rem 0 0; }
 div.wide { overflow-x: auto; }
+summary { cursor: pointer; font-weight: 600; margin: .8rem 0 .4rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 60%; }
 th { text-align: right; vertical-align: bottom; font-weight: 600; border-bottom: 2px solid #444; }
 td { text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
@@ -44,22 +46,26 @@ CAPTIONS = {
 }
 
 
-def write(comparison: Comparison, out_dir: str | Path) -> Path:
+def write(comparison: Comparison, out_dir: str | Path, selection: Selection | None = None) -> Path:
     """Writes report.html, its pictures as PNG files and results.json, each whole or not at all.
+
+    Args:
+      selection: what the section on selected rows shows; None: what the runs themselves say of it.
 
     Returns:
       The path of the page.
 
     Raises:
-      UserError: matplotlib is not installed, or `out_dir` cannot be written.
+      UserError: matplotlib is not installed, `out_dir` cannot be written, or as `selection.look`.
     """
+    selection = look(comparison) if selection is None else selection
     try:
-        images = pictures(comparison)
+        images = pictures(comparison) | selection_plots.pictures(selection, colours_of(comparison))
     except ImportError as error:
         raise UserError(f"the report needs matplotlib ({error}): pip install matplotlib") from error
     out = Path(out_dir)
-    results = json.dumps(to_json(comparison), indent=1, ensure_ascii=False) + "\n"
-    files = images | {"results.json": results.encode(), "report.html": page(comparison, images).encode()}
+    results = json.dumps(to_json(comparison, selection), indent=1, ensure_ascii=False) + "\n"
+    files = images | {"results.json": results.encode(), "report.html": page(comparison, images, selection).encode()}
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -82,53 +88,38 @@ def _write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def page(comparison: Comparison, images: dict[str, bytes]) -> str:
+def page(comparison: Comparison, images: dict[str, bytes], selection: Selection) -> str:
     """The page as a string; pictures are data URLs, and there is no script."""
-    figures = {name: _figure(name, image) for name, image in images.items()}
+    figures = {name: figure_html(name, images[name], CAPTIONS[name]) for name in CAPTIONS if name in images}
     first = first_lines(comparison)
     lines = "".join(f'<li class="{line.tone}">{html.escape(line.text)}</li>\n' for line in first)
     body = [
         "<h1>What the small LM was worth</h1>", f'<ul class="first">\n{lines}</ul>',
-        figures["validation.png"], _table(tables.quality_table(comparison)), _table(tables.ratio_table(comparison)),
-        _table(tables.absolute_table(comparison)), figures["seconds.png"],
+        figures["validation.png"], table_html(tables.quality_table(comparison)),
+        table_html(tables.ratio_table(comparison)), table_html(tables.absolute_table(comparison)),
+        figures["seconds.png"],
         "<h2>Easy, medium and hard rows</h2>" if "buckets.png" in figures else "",
         figures.get("buckets.png", ""),
-        _table(tables.part_table(comparison, "buckets", "Final log-perplexity by bucket")),
-        _table(tables.part_table(comparison, "domains", "Final log-perplexity by domain")),
-        _table(tables.phase_table(comparison)), figures.get("cost.png", ""),
-        _table(tables.run_table(comparison), "words"),
+        table_html(tables.part_table(comparison, "buckets", "Final log-perplexity by bucket")),
+        table_html(tables.part_table(comparison, "domains", "Final log-perplexity by domain")),
+        selection_page.section(selection, images),
+        table_html(tables.phase_table(comparison)), figures.get("cost.png", ""),
+        table_html(tables.run_table(comparison), "words"),
     ]  # fmt: skip
-    head = f'<meta charset="utf-8"><title>slm_assist report</title><style>{STYLE}</style>'
+    style = STYLE + (coloured.STYLE if selection else "")
+    head = f'<meta charset="utf-8"><title>slm_assist report</title><style>{style}</style>'
     content = "\n".join(body)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{content}\n</body></html>\n'
 
 
-def _figure(name: str, image: bytes) -> str:
-    source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-    caption = html.escape(CAPTIONS[name])
-    return f'<figure><img alt="{name}" src="{source}"><figcaption>{caption}</figcaption></figure>'
-
-
-def _table(table: tables.Table | None, style: str = "") -> str:
-    if table is None:
-        return ""
-    header = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
-    rows = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
-    return (
-        f'<h2>{html.escape(table.title)}</h2>\n<div class="wide"><table class="{style}">\n'
-        f"<thead><tr>{header}</tr></thead>\n<tbody>{rows}</tbody></table></div>{note}"
-    )
-
-
-def to_json(comparison: Comparison) -> dict[str, Any]:
+def to_json(comparison: Comparison, selection: Selection) -> dict[str, Any]:
     """Every figure of the tables, with the runs' configs and facts (hardware, versions, fingerprints)."""
     return {
         "first_lines": [line.text for line in first_lines(comparison)],
         "baseline": comparison.baseline.name if comparison.baseline else None,
         "noise": comparison.noise,
         "methods": {m.name: _method_json(m) for m in comparison.methods},
-    }
+    } | ({"selection": selection.to_json()} if selection else {})
 
 
 def _method_json(m: Method) -> dict[str, Any]:

@@ -4,12 +4,13 @@ import io
 import math
 from collections.abc import Sequence
 
-from slm_assist.report.compare import AXES, BASELINE, BUCKETS, OTHER, RKD, SALT, SMALL, Comparison, Method
+from slm_assist.report.compare import AXES, BASELINE, BUCKETS, OTHER, RKD, SALT, SALT_DS, SMALL, Comparison, Method
 
 # Okabe and Ito's palette, told apart by colour-blind eyes; markers tell the curves apart in print
-COLOURS = {SMALL: "#8c8c8c", BASELINE: "#0072B2", RKD: "#D98200", SALT: "#009E73", OTHER: "#CC79A7"}
+COLOURS = {SMALL: "#8c8c8c", BASELINE: "#0072B2", RKD: "#D98200", SALT: "#009E73", SALT_DS: "#882255",
+           OTHER: "#CC79A7"}  # fmt: skip
 SPARE_COLOURS = ("#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B8A800")
-MARKERS = {SMALL: "v", BASELINE: "s", RKD: "^", SALT: "o", OTHER: "D"}
+MARKERS = {SMALL: "v", BASELINE: "s", RKD: "^", SALT: "o", SALT_DS: "P", OTHER: "D"}
 PHASE_COLOURS = {"compile": "#BBBBBB", "stage1": "#009E73", "stage2": "#0072B2", "validation": "#F0E442",
                  "save": "#CC79A7"}  # fmt: skip
 STYLE = {
@@ -18,6 +19,7 @@ STYLE = {
     "xtick.color": "#444444", "ytick.color": "#444444", "axes.titlesize": 10, "axes.titleweight": "bold",
     "legend.frameon": False, "figure.facecolor": "white", "axes.titlelocation": "left",
 }  # fmt: skip
+LABEL_TOP = 0.97  # of a panel: where the words beside dotted lines begin, one below the other
 LABELS = {"steps": "steps", "flops": "training FLOPs of the models", "seconds": "training seconds"}
 
 
@@ -29,10 +31,10 @@ def pictures(comparison: Comparison) -> dict[str, bytes]:
         figures = {"validation.png": _validation(comparison, ("steps", "flops")),
                    "seconds.png": _validation(comparison, ("seconds",)),
                    "buckets.png": _buckets(comparison), "cost.png": _cost(comparison)}  # fmt: skip
-        return {name: _png(figure) for name, figure in figures.items() if figure}
+        return {name: png(figure) for name, figure in figures.items() if figure}
 
 
-def _png(figure) -> bytes:
+def png(figure) -> bytes:
     """The figure in 128 colours, which are enough for lines and text and a third of the bytes."""
     from PIL import Image
 
@@ -42,7 +44,7 @@ def _png(figure) -> bytes:
     return out.getvalue()
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], **kwargs):
+def new_figure(rows: int, columns: int, size: tuple[float, float], **kwargs):
     """A figure apart from pyplot, so that the caller's own figures and backend are left alone."""
     from matplotlib.figure import Figure
 
@@ -50,7 +52,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **kwargs):
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
-def _colours(comparison: Comparison) -> dict[str, str]:
+def colours_of(comparison: Comparison) -> dict[str, str]:
     """A colour a method: its kind's, or a spare one where the kind's is taken."""
     colours, spare = {}, list(SPARE_COLOURS)
     for m in comparison.methods:
@@ -65,9 +67,9 @@ def _colours(comparison: Comparison) -> dict[str, str]:
 def _validation(comparison: Comparison, axes: Sequence[str]):
     """Log-perplexity against each of `axes`: all of it, and the last half of BASELINE's run, enlarged."""
     if len(axes) > 1:
-        figure, plots = _figure(2, len(axes), (5.0 * len(axes), 6.6), sharey="row")
+        figure, plots = new_figure(2, len(axes), (5.0 * len(axes), 6.6), sharey="row")
     else:
-        figure, plots = _figure(1, 2, (10.0, 3.7))
+        figure, plots = new_figure(1, 2, (10.0, 3.7))
         plots = plots.T
     for column, axis in enumerate(axes):
         for zoom, plot in zip((False, True), plots[:, column], strict=True):
@@ -81,7 +83,7 @@ def _panel(plot, comparison: Comparison, axis: str, *, zoom: bool, words: bool) 
     """One pair of axes; the small LM, of another size and length, is only in the whole picture."""
     students = [m for m in comparison.methods if m.kind != SMALL] or comparison.methods
     shown = students if zoom else comparison.methods
-    colours = _colours(comparison)
+    colours = colours_of(comparison)
     left = (comparison.baseline or students[0]).curves[axis][-1] / 2 if zoom else 0.0
     right = max(m.curves[axis][-1] for m in shown)
     for m in shown:
@@ -128,14 +130,18 @@ def _target(plot, comparison: Comparison, label: bool) -> None:
 
 
 def _switch(plot, m: Method, axis: str, colour: str, left: float, label: bool) -> None:
-    """A dotted line where soft labels end."""
-    step = m.runs[0].switch_step
+    """A dotted line where soft labels end, or else where the choice of rows or tokens does."""
+    run, what = m.runs[0], "soft labels end"
+    step = run.switch_step
+    if step is None and "teacher" not in run.helpers:
+        step, what = run.selection_stop, f"choice of {run.selection or 'data'} ends"
     at = None if step is None else m.runs[0].spent(axis, step)
     if at is None or at < left:
         return
     plot.axvline(at, color=colour, lw=1.2, ls=":", zorder=1)
     if label:
-        plot.annotate(f"{m.name}: soft labels end", (at, 0.97), (4, 0), xycoords=("data", "axes fraction"),
+        others = sum(isinstance(text.xy, tuple) and text.xy[1] == LABEL_TOP for text in plot.texts)
+        plot.annotate(f"{m.name}: {what}", (at, LABEL_TOP), (4, -11 * others), xycoords=("data", "axes fraction"),
                       textcoords="offset points", va="top", color=colour, fontsize=8)  # fmt: skip
 
 
@@ -176,8 +182,8 @@ def _buckets(comparison: Comparison):
     names = [b for b in BUCKETS if base and b in base.curves["buckets"]]
     if not names or not any(name in m.curves["buckets"] for m in others for name in names):
         return None
-    figure, plots = _figure(1, len(names), (3.4 * len(names), 3.4), sharey=True)
-    colours = _colours(comparison)
+    figure, plots = new_figure(1, len(names), (3.4 * len(names), 3.4), sharey=True)
+    colours = colours_of(comparison)
     for plot, name in zip(plots[0], names, strict=True):
         theirs = dict(zip(base.curves["steps"], base.curves["buckets"][name], strict=True))
         plot.axhline(0, color=COLOURS[BASELINE], lw=1.4, label=base.name)
@@ -200,7 +206,7 @@ def _cost(comparison: Comparison):
     methods = [m for m in comparison.methods if m.seconds]
     if not methods:
         return None
-    figure, plots = _figure(1, 1, (8.2, 1.3 + 0.42 * len(methods)))
+    figure, plots = new_figure(1, 1, (8.2, 1.3 + 0.42 * len(methods)))
     plot, left = plots[0, 0], [0.0] * len(methods)
     for phase in dict.fromkeys([*PHASE_COLOURS, *(p for m in methods for p in m.seconds)]):
         seconds = [m.seconds[phase].mean if phase in m.seconds else 0.0 for m in methods]

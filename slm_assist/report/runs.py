@@ -12,6 +12,7 @@ from slm_assist.errors import UserError
 from slm_assist.report.stats import interpolate
 
 REQUIRED_FACTS = ("vocabulary", "validation_rows", "objective", "parameters")
+ROLES = ("teacher", "scorer", "reference")  # of the small LMs that help a run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +51,38 @@ class Run:
         return self.config.get("assist", {}).get("schedule", "none")
 
     @property
+    def helpers(self) -> dict[str, dict[str, Any]]:
+        """The small LMs that helped, by role: `run`, `step`, `parameters`, `train_flops`; those of lists too."""
+        own = {role: fact for role, fact in (self.facts.get("helpers") or {}).items() if role in ROLES}
+        listed = {f"{role} of select.{name}": fact for name, made in self.lists.items()
+                  for role, fact in (made.get("helpers") or {}).items()}  # fmt: skip
+        return own | listed
+
+    @property
+    def lists(self) -> dict[str, dict[str, Any]]:
+        """What made the lists of rows that the run read, by the config's name of the list."""
+        lists = (self.facts.get("data") or {}).get("lists") or {}
+        return {name: header.get("made") or {} for name, header in lists.items()}
+
+    @property
+    def scoring_flops(self) -> float | None:
+        """FLOPs of scoring a corpus for the run's lists, before it began, each corpus once; None: not known."""
+        made = {m.get("scores_fingerprint"): m.get("scoring_flops") for m in self.lists.values() if m.get("helpers")}
+        return None if None in made.values() else sum(made.values())
+
+    @property
+    def assisted(self) -> bool:
+        """Whether a small LM took part, in whichever role."""
+        return self.schedule != "none" or bool(self.helpers)
+
+    @property
+    def selection(self) -> str:
+        """What was chosen to learn from: `rows`, `tokens`, `rows and tokens`, or an empty string."""
+        select = self.config.get("select") or {}
+        parts = ["rows"] * (select.get("rows", "all") != "all") + ["tokens"] * (select.get("token_share", 1) < 1)
+        return " and ".join(parts)
+
+    @property
     def finished(self) -> bool:
         return self.summary is not None
 
@@ -66,9 +99,18 @@ class Run:
     @property
     def switch_step(self) -> int | None:
         """The step at which soft labels end, None if they never did."""
+        return self._end_of("assisted")
+
+    @property
+    def selection_stop(self) -> int | None:
+        """The step at which the choice of rows or tokens ends, None if it never did."""
+        return self._end_of("selecting")
+
+    def _end_of(self, part: str) -> int | None:
+        """Where a stage whose name has `part` is followed by one without: names are parts joined by `_`."""
         stages = (self.summary or {}).get("stages") or _stages(self.train)
         for before, after in zip(stages, stages[1:], strict=False):
-            if (before["name"], after["name"]) == ("assisted", "plain"):
+            if part in before["name"].split("_") and part not in after["name"].split("_"):
                 return before["stop"]
         return None
 
@@ -99,8 +141,8 @@ def _stages(train: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Stages as far as the training records show them: a record of step n speaks of the update before n."""
     stages: list[dict[str, Any]] = []
     for record in train:
-        if not stages or stages[-1]["name"] != record.get("stage"):
-            stages.append({"name": record.get("stage")})
+        if not stages or stages[-1]["name"] != record.get("stage", ""):
+            stages.append({"name": record.get("stage", "")})
         stages[-1]["stop"] = record["step"]
     return stages
 

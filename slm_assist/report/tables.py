@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from slm_assist.report.compare import BUCKETS, Comparison, Method
 from slm_assist.report.stats import Estimate
-from slm_assist.report.words import UNITS, count, first_lines
+from slm_assist.report.words import UNITS, chosen, count, first_lines
 
 WIDTH = 100
 NONE = "–"
@@ -89,7 +89,8 @@ def crossing_caveat(comparison: Comparison) -> str:
     base = comparison.baseline
     text = (
         "The crossing is the first, linear between the two validation points around it. FLOPs are the models' "
-        "own, the small LM's forward passes included; seconds are those of training, without compilation, "
+        "own, the small LM's forward passes for soft labels and scores included; seconds are those of training, "
+        "without compilation, "
         "validation and saves."
     )
     if base.runs[0].config.get("optimizer", {}).get("schedule") == "constant":
@@ -115,8 +116,9 @@ def absolute_table(comparison: Comparison) -> Table:
         ("method", *(f"{unit} to that quality" for unit in UNITS.values()), "FLOPs, whole run",
          "seconds, whole run", "its small LM's own FLOPs", "its small LM's own seconds"),
         rows,
-        "What a small LM cost is counted up to the step that helped; its seconds are known (not ?) where its "
-        "own run is among the runs.",
+        "What a small LM cost is counted up to the step that helped, once where one run served in several roles; "
+        "the scoring of a corpus for a list of rows is part of it. Its seconds are known (not ?) where its own run is "
+        "among the runs and no list was made.",
     )  # fmt: skip
 
 
@@ -136,13 +138,17 @@ def phase_table(comparison: Comparison) -> Table | None:
     phases = list(dict.fromkeys(phase for m in comparison.methods for phase in m.seconds))
     if not phases:
         return None
+    scored = any(m.flops.get("scorer") and m.flops["scorer"].mean for m in comparison.methods)
+    parts = {"student": "student", "teacher": "soft labels"} | ({"scorer": "scoring"} if scored else {})
     rows = []
     for m in comparison.methods:
         seconds = [show(m.seconds.get(phase), ",.1f") for phase in phases]
-        flops = [show(m.flops.get(model), ".3g") for model in ("student", "teacher")]
-        rows.append((m.name, *seconds, *flops))
-    header = ("method", *(f"{phase}, s" for phase in phases), "student, FLOPs", "small LM's forward, FLOPs")
-    return Table("What each phase cost", header, rows, "One run; the mean over seeds.")
+        rows.append((m.name, *seconds, *(show(m.flops.get(part), ".3g") for part in parts)))
+    header = ("method", *(f"{phase}, s" for phase in phases), *(f"{words}, FLOPs" for words in parts.values()))
+    note = "One run; the mean over seeds."
+    if scored:
+        note += " Scoring: every forward pass that chooses rows or tokens, the student's own among them."
+    return Table("What each phase cost", header, rows, note)
 
 
 def run_table(comparison: Comparison) -> Table:
@@ -152,8 +158,9 @@ def run_table(comparison: Comparison) -> Table:
             known = [str(run.facts.get(fact, "?")) for fact in ("hardware", "devices", "dtype")]
             versions = ", ".join(f"{k} {v}" for k, v in (run.facts.get("versions") or {}).items())
             step, seed = str(run.final["step"]), str(run.seed)
-            rows.append((m.name, str(run.path), seed, run.schedule, step, *known, versions))
-    header = ("method", "directory", "seed", "schedule", "steps", "hardware", "devices", "compute", "versions")
+            rows.append((m.name, str(run.path), seed, run.schedule, chosen(run) or NONE, step, *known, versions))
+    header = ("method", "directory", "seed", "schedule", "choice", "steps", "hardware", "devices", "compute",
+              "versions")  # fmt: skip
     return Table("The runs", header, rows)
 
 

@@ -1,11 +1,13 @@
 """What the figures say in plain words: the first lines of the page and of the printed table."""
 
 import dataclasses
+from pathlib import Path
 
-from slm_assist.report.compare import RKD, SALT, SMALL, Comparison, Method
+from slm_assist.report.compare import RKD, SALT, SALT_DS, SMALL, Comparison, Method
+from slm_assist.report.runs import Run
 
 UNITS = {"steps": "steps", "flops": "FLOPs", "seconds": "seconds"}
-REMARKS_ORDER = (SALT, RKD)
+REMARKS_ORDER = (SALT, SALT_DS, RKD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,31 @@ def count(number: float | None) -> str:
         return f"{number:,.0f}"
     size, unit = next((s, u) for s, u in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")) if number >= s)
     return f"{number / size:.3g} {unit}"
+
+
+def chosen(run: Run) -> str:
+    """What the run chose to learn from and how, in a few words; empty if it took all there was."""
+    select = run.config.get("select") or {}
+    words = []
+    if select.get("rows") == "online":
+        rule, score = select.get("rule", "top"), select.get("score", "salt")
+        share = f"1 of {select['pool_factor']} rows" if rule != "threshold" and "pool_factor" in select else "rows"
+        words.append(f"{share}, {rule}" + (f" by {score}" if rule != "random" else ""))
+    elif select.get("rows") == "list":
+        words.append(f"rows of {Path(select.get('list', '?')).name}")
+    if select.get("token_share", 1) < 1:
+        words.append(f"{100 * select['token_share']:g} % of tokens")
+    return "; ".join(words)
+
+
+def help_of(run: Run) -> str:
+    """What the small LM gave: `soft labels and rows chosen by the small LM`; empty for a run without help."""
+    by = " by the small LM" if set(run.helpers) - {"teacher"} else ""
+    choice = f"{run.selection} chosen{by}" if run.selection else ""
+    select = run.config.get("select") or {}
+    if choice and select.get("rows") == "online" and select.get("rule") == "random":
+        choice = choice.replace(f"chosen{by}", "drawn at random")
+    return " and ".join(part for part in ("soft labels" if run.schedule != "none" else "", choice) if part)
 
 
 def first_lines(comparison: Comparison) -> list[Line]:
@@ -106,7 +133,7 @@ def _remarks(method: Method, comparison: Comparison) -> list[Line]:
     if None in free.values():
         return lines
     times = ", ".join(f"{free[axis]:.2f} of its {unit}" for axis, unit in UNITS.items())
-    given = ", the small LM taken as given" if method.assisted else ""
+    given = f", the {method.small_lms} taken as given" if method.assisted else ""
     losing = " and ".join(unit for axis, unit in UNITS.items() if free[axis] > 1)
     verdict = f": it loses on {losing}." if losing else "."
     text = f"{method.name} reaches {base}'s final quality at {times}{given}{verdict}"
@@ -123,13 +150,14 @@ def _quality(method: Method, comparison: Comparison) -> Line:
     else:
         noise = limit is None or abs(apart.mean) < limit
     ours, theirs = (m.final["log_perplexity"].mean for m in (method, base))
+    name = f"{method.name} ({help_of(method.runs[0])})" if method.runs[0].selection else method.name
     doubt = ", which cannot be told from noise" if noise else ""
     figures = f"{ours:.3f} against {theirs:.3f}, {apart.mean:+.3f} nats a token{spread}{doubt}."
     if apart.mean > 0:
-        return Line("loss", f"{method.name} loses on final quality: log-perplexity {figures}")
+        return Line("loss", f"{name} loses on final quality: log-perplexity {figures}")
     verdict = "ends level with" if apart.mean == 0 else "ends better than"
     tone = "note" if noise else "gain"
-    return Line(tone, f"{method.name} {verdict} {base.name}: log-perplexity {figures}")
+    return Line(tone, f"{name} {verdict} {base.name}: log-perplexity {figures}")
 
 
 def _charged(method: Method, base: str) -> Line:
@@ -140,13 +168,14 @@ def _charged(method: Method, base: str) -> Line:
     )
     known = [axis for axis in full if full[axis] is not None]
     if not known:
-        return Line("note", f"What {method.name}'s small LM cost is not in the files, so it is not counted.")
+        return Line("note", f"What {method.name}'s {method.small_lms} cost is not in the files, so it is not counted.")
     times = " and ".join(f"{full[axis]:.2f} of {base}'s {UNITS[axis]}" for axis in known)
     shared = " and ".join(f"{tenth[axis]:.2f}" for axis in known)
     losing = " and ".join(UNITS[axis] for axis in known if full[axis] > 1)
+    possessive = "small LMs'" if method.small_lms.endswith("s") else "small LM's"
     verdict = f"{method.name} loses on {losing}" if losing else f"{method.name} still wins"
     return Line(
         "loss" if losing else "gain",
-        f"With the small LM's own training counted in full, {verdict}: {times} to the same quality (shared "
+        f"With the {possessive} own training counted in full, {verdict}: {times} to the same quality (shared "
         f"over 10 students: {shared}).",
     )

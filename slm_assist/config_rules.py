@@ -1,0 +1,186 @@
+"""Which configs make sense: ranges, and keys that contradict each other."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from slm_assist import plugins
+from slm_assist.assist import selection
+from slm_assist.errors import UserError, one_of
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested config to `{dotted key: value}`."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises `UserError` where keys are out of range or contradict each other."""
+    _check_ranges(flatten(config))
+    if config.batch_rows % config.microbatches:
+        raise UserError(
+            f"batch_rows={config.batch_rows} is not divisible by microbatches={config.microbatches}; change one"
+        )
+    one_of("optimizer.name", config.optimizer.name, ("adamw", "adafactor"))
+    one_of("optimizer.schedule", config.optimizer.schedule, ("cosine", "wsd", "constant"))
+    if not plugins.is_plugin(config.assist.schedule):
+        one_of("assist.schedule", config.assist.schedule, ("none", "constant", "step", "linear", "ratio", "auto"))
+    one_of("model.scan_layers", config.model.scan_layers, ("auto", "true", "false"))
+    one_of("compute.dtype", config.compute.dtype, ("auto", "float32", "bfloat16"))
+    one_of("compute.remat", config.compute.remat, ("none", "dots", "full"))
+    if config.optimizer.warmup_steps >= config.steps:
+        raise UserError(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} leaves nothing of steps={config.steps}; lower it"
+        )
+    _check_fractions(config)
+    if any(step > config.steps for step in config.checkpoint.keep):
+        raise UserError(f"checkpoint.keep={config.checkpoint.keep} has a step beyond steps={config.steps}")
+    _check_stream(config)
+    _check_assist(config)
+    _check_select(config)
+
+
+POSITIVE = ("steps", "batch_rows", "microbatches", "data.seq_len", "checkpoint.keep_last", "select.k",
+            "select.pool_factor", "assist.window")  # fmt: skip
+LEAST = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(
+    ("data.order_seed", "data.sentinels", "assist.teacher_step", "mesh.data", "mesh.fsdp", "mesh.tensor"), -1
+) | {"select.scorer_step": -2, "select.reference_step": -2}  # fmt: skip
+
+
+def _check_ranges(flat: Mapping[str, Any]) -> None:
+    for key, value in flat.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if isinstance(numbers[0] if numbers else "", str | bool):
+            continue
+        least = LEAST.get(key, 0)
+        for number in numbers:
+            if not least <= number < 2**40:  # NaN is not either
+                raise UserError(f"{key}={number}: must be a finite number of at least {least}")
+    for key in ("seed", "data.order_seed"):
+        if flat[key] >= 2**31:
+            raise UserError(f"{key}={flat[key]}: must be below 2^31")
+    for key in ("optimizer.b1", "optimizer.b2"):
+        if flat[key] >= 1:
+            raise UserError(f"{key}={flat[key]}: must be below 1")
+    if not flat["optimizer.peak_learning_rate"] > 0:
+        raise UserError(f"optimizer.peak_learning_rate={flat['optimizer.peak_learning_rate']}: must be above 0")
+
+
+def _check_fractions(config: ml_collections.ConfigDict) -> None:
+    flat = flatten(config)
+    for key in ("data.validation_fraction", "optimizer.final_fraction", "optimizer.decay_fraction",
+                "assist.fraction", "assist.weight", "assist.margin", "checkpoint.keep_fraction", "data.ul2_causal",
+                "data.ul2_prefix", "data.ul2_span", "data.corrupted", "select.band", "select.fraction",
+                "select.threshold_decay", "select.token_share"):  # fmt: skip
+        if not 0.0 <= flat[key] <= 1.0:
+            raise UserError(f"{key}={flat[key]}: must lie between 0 and 1")
+    if not config.assist.temperature > 0:
+        raise UserError(f"assist.temperature={config.assist.temperature}: must be above 0")
+
+
+def _check_stream(config: ml_collections.ConfigDict) -> None:
+    data = config.data
+    if not data.stream:
+        return
+    if not data.source.startswith("seqio:"):
+        raise UserError(f"data.stream=true with data.source={data.source!r}: only seqio:NAME streams; set it to false")
+    for key, plain in (("data.objective", "causal"), ("data.domain_weights", ""), ("select.rows", "all")):
+        value = flatten(config)[key]
+        if value not in (plain, "online"):
+            raise UserError(
+                f"{key}={value} needs prepared rows, and a stream has the Task's own order, packing and objective: set "
+                f"data.stream=false, or leave {key} out"
+            )
+
+
+def _check_assist(config: ml_collections.ConfigDict) -> None:
+    assist = config.assist
+    if assist.schedule == "none":
+        if assist.teacher:
+            raise UserError(
+                f"assist.teacher={assist.teacher!r} but assist.schedule=none: set assist.schedule=step (SALT) or "
+                "constant (RKD), or leave the teacher out"
+            )
+        return
+    if not assist.teacher:
+        raise UserError(
+            f"assist.schedule={assist.schedule} needs assist.teacher, the run directory of a trained small LM"
+        )
+    if assist.steps > config.steps:
+        raise UserError(
+            f"assist.steps={assist.steps} (n_KD) is beyond the run's steps={config.steps}; lower it or use "
+            "assist.schedule=constant"
+        )
+    if assist.decay_steps and assist.schedule not in ("linear", "ratio"):
+        raise UserError(
+            f"assist.decay_steps={assist.decay_steps} has no meaning with assist.schedule={assist.schedule}; set "
+            "assist.schedule=linear or ratio"
+        )
+    if assist.decay_steps > assisted_steps(config):
+        raise UserError(
+            f"assist.decay_steps={assist.decay_steps} is longer than stage 1 ({assisted_steps(config)} steps)"
+        )
+
+
+def _check_select(config: ml_collections.ConfigDict) -> None:
+    select = config.select
+    one_of("select.rows", select.rows, ("all", "online", "list"))
+    one_of("select.masked", select.masked, ("zero", "drop"))
+    selection.check_rule(select.rule)
+    if not select.token_share > 0:
+        raise UserError("select.token_share=0 leaves no token to learn from; use a share above 0, 1 for all")
+    if (select.rows == "list") != bool(select.list):
+        raise UserError(
+            f"select.rows={select.rows} and select.list={select.list!r}: a list needs both select.rows=list and "
+            "select.list, the file that `slm-assist select` wrote"
+        )
+    if select.rows == "online" and select.pool_factor < 2:
+        raise UserError("select.pool_factor=1 leaves nothing to choose from; use at least 2")
+    if select.steps > config.steps:
+        raise UserError(f"select.steps={select.steps} is beyond the run's steps={config.steps}; lower it")
+    given = [name for name in ("scorer", "reference") if select[name]]
+    if given and not selects(config):
+        raise UserError(
+            f"select.{given[0]}={select[given[0]]!r} but nothing is selected: set select.rows=online or "
+            "select.token_share below 1, or leave it out"
+        )
+
+
+def selects(config: ml_collections.ConfigDict) -> bool:
+    """Whether some part of the run learns from a choice of rows or tokens."""
+    return config.select.rows != "all" or config.select.token_share < 1
+
+
+def selecting_steps(config: ml_collections.ConfigDict, assisted: int) -> int:
+    """How many updates, from the first, learn from a choice; `assisted` of them or others have the teacher."""
+    select = config.select
+    if not selects(config):
+        return 0
+    if select.steps or select.fraction:
+        return select.steps or round(select.fraction * config.steps)
+    return assisted or round(WITHOUT_TEACHER * config.steps)
+
+
+WITHOUT_TEACHER = 0.173  # the paper's 36K of 208K
+
+
+def assisted_steps(config: ml_collections.ConfigDict) -> int:
+    """n_KD, the number of updates the small LM takes part in."""
+    if config.assist.schedule == "none":
+        return 0
+    if config.assist.schedule == "constant":
+        return config.steps
+    return config.assist.steps or round(config.assist.fraction * config.steps)
+
+
+def kept_steps(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+    """Steps whose checkpoints are kept for good."""
+    part = round(config.checkpoint.keep_fraction * config.steps)
+    return tuple(sorted({*config.checkpoint.keep, *([part] if part else [])}))

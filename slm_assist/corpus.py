@@ -1,0 +1,159 @@
+"""The text that a config names: its vocabulary, its rows or stream, and what is asked of them."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import ml_collections
+
+from slm_assist import roles
+from slm_assist.assist import helpers as helpers_lib
+from slm_assist.data import objectives
+from slm_assist.data import rows as rows_lib
+from slm_assist.data.objectives import Objective
+from slm_assist.data.rows import Prepared
+from slm_assist.data.sources import Source, open_source
+from slm_assist.data.tokenizers import Vocabulary
+from slm_assist.errors import UserError
+from slm_assist.run_dir import RunDir
+
+if TYPE_CHECKING:  # TensorFlow loads only where a config names a stream
+    from slm_assist.data.stream import Stream
+
+Say = Callable[[str], None]
+
+
+def prepare(
+    config: ml_collections.ConfigDict, run: RunDir | None = None, *, say: Say, part: tuple[int, int] | None = None
+) -> Prepared | None:
+    """The rows, from the cache or made now, with the run's, the config's, a helper's or a new vocabulary.
+
+    With `part` (i, n), makes that part only, and returns None where others are missing. With data.stream, `train` is
+    the stream, and only the rows to validate on are prepared.
+
+    Raises:
+      UserError: whatever in the sources, the vocabulary or the cache does not fit.
+    """
+    data = config.data
+    vocabulary = find_vocabulary(config, run)
+    if data.stream:
+        if part:
+            raise UserError("--part with data.stream=true: a stream is not prepared; set data.stream=false")
+        return _streamed(config, _open_stream(config, vocabulary, say), say)
+    source = _open(config, data.source, vocabulary)
+    if vocabulary is None:
+        vocabulary = getattr(source, "vocabulary", None)  # a seqio Task brings its own
+    prepared = _rows(config, source, vocabulary, part, say)
+    if prepared is None:
+        return None
+    if vocabulary is None or not len(vocabulary.sentinel_ids):
+        vocabulary = prepared.vocabulary.with_sentinels(sentinels(config))
+    train, held = prepared.train, prepared.validation
+    say(
+        f"rows of {data.seq_len} tokens: {len(train):,} to train on ({train.tokens:,} tokens), {len(held):,} to "
+        f"validate on; {vocabulary.size} pieces; in {prepared.path}"
+    )
+    return dataclasses.replace(prepared, vocabulary=vocabulary)
+
+
+def _open(config: ml_collections.ConfigDict, spec: str, vocabulary: Vocabulary | None) -> Source:
+    data = config.data
+    return open_source(
+        spec,
+        text_field=data.text_field,
+        domain_field=data.domain_field,
+        validation_fraction=data.validation_fraction,
+        cache_dir=data.cache_dir,
+        vocabulary=vocabulary and vocabulary.with_sentinels(0),
+    )
+
+
+def _rows(
+    config: ml_collections.ConfigDict,
+    source: Source,
+    vocabulary: Vocabulary | None,
+    part: tuple[int, int] | None,
+    say: Say,
+) -> Prepared | None:
+    data = config.data
+    say(source.describe())
+    return rows_lib.prepare(
+        source,
+        vocabulary=vocabulary and vocabulary.with_sentinels(0),  # sentinels stand in no row
+        vocab_size=data.vocab_size,
+        seq_len=data.seq_len,
+        validation_source=_open(config, data.validation, vocabulary) if data.validation else None,
+        validation_fraction=data.validation_fraction,
+        cache_dir=data.cache_dir,
+        cores=data.cores,
+        progress=config.log.progress,
+        part=part,
+    )
+
+
+def prepare_as_told(config: dict[str, Any], part: tuple[int, int] | None = None) -> None:
+    """`prepare` by a plain dict of keys, for workers that are sent one."""
+    quiet = ml_collections.ConfigDict(config)
+    quiet.log.progress = False
+    prepare(quiet, say=lambda line: None, part=part)
+
+
+def _open_stream(config: ml_collections.ConfigDict, vocabulary: Vocabulary | None, say: Say) -> "Stream":
+    from slm_assist.data.stream import Stream
+
+    data, pool = config.data, config.select.pool_factor if config.select.rows == "online" else 1
+    return Stream(
+        data.source,
+        data.seq_len,
+        config.batch_rows,
+        seed=config.seed if data.order_seed < 0 else data.order_seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        behind=4 * pool,
+        vocabulary=vocabulary,
+        say=say,
+    )
+
+
+def _streamed(config: ml_collections.ConfigDict, stream: "Stream", say: Say) -> Prepared:
+    """A stream to train on, and prepared rows to validate on."""
+    config = config.copy_and_resolve_references()
+    config.data.validation = config.data.validation or stream.validation_spec
+    held = _open(config, config.data.validation, stream.vocabulary)
+    # As if it were both splits; only the one to validate on is used.
+    prepared = _rows(config, held, stream.vocabulary, None, say)
+    say(
+        f"rows of {config.data.seq_len} tokens: a stream of {stream.spec} to train on, {len(prepared.validation):,} to "
+        f"validate on; {stream.vocabulary.size} pieces"
+    )
+    return dataclasses.replace(prepared, train=stream, vocabulary=stream.vocabulary)
+
+
+def make_objective(config: ml_collections.ConfigDict, prepared: Prepared) -> Objective:
+    """What is asked of the rows; of a stream, the Task has decided it."""
+    if not config.data.stream:
+        return objectives.make(config.data, prepared.vocabulary)
+    prefix = prepared.train.has_prefix
+    return Objective("prefix" if prefix else "causal", prefix, "as the Task packs", objectives.causal)
+
+
+def sentinels(config: ml_collections.ConfigDict) -> int:
+    """How many ids behind the pieces of a new vocabulary stand for corrupted spans."""
+    return config.data.sentinels if config.data.sentinels >= 0 else objectives.sentinels_needed(config.data)
+
+
+def find_vocabulary(config: ml_collections.ConfigDict, run: RunDir | None) -> Vocabulary | None:
+    """A run that goes on keeps its own; then the config's, that of a helper; None: one is to be trained."""
+    if run and run.config.is_file():
+        return Vocabulary.load(run.tokenizer)
+    given = config.data.vocabulary
+    for role, (directory, _) in roles.wanted(config).items() if not given else ():
+        given = given or helpers_lib.open_run(role, directory).path
+    if "://" in str(given):
+        return Vocabulary.load(given)
+    if given:
+        path = Path(given).expanduser()
+        return Vocabulary.load(path / "tokenizer" if (path / "tokenizer").is_dir() else path)
+    return None

@@ -1,0 +1,215 @@
+"""Which rows a run reads at which update: all of them, candidates to choose from, or lists made beforehand."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from slm_assist import sharding
+from slm_assist.assist import row_list
+from slm_assist.assist.online import CAUSAL
+from slm_assist.assist.row_list import RowList
+from slm_assist.assist.stages import Stage
+from slm_assist.checkpoint import whole_steps
+from slm_assist.data import mixture
+from slm_assist.data.loader import Feed, Loader, Prefetcher
+from slm_assist.data.objectives import Objective
+from slm_assist.data.order import Order
+from slm_assist.data.row_store import Rows
+from slm_assist.errors import UserError
+from slm_assist.metrics import write_json
+from slm_assist.run_dir import RunDir
+
+if TYPE_CHECKING:  # TensorFlow loads only where a config names a stream
+    from slm_assist.data.stream import Stream
+
+THEN = ("all", "unseen")  # other values of select.then are files
+
+
+class Data:
+    """The training rows of a config, and their order.
+
+    An unchanged choice of rows runs on through a switch of stages: where rows are chosen on the device, what
+    follows begins behind the last candidates. Another list has an order and a position of its own.
+
+    Raises:
+      UserError: a list that was made for other rows, or weights for other domains.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, rows: "Rows | Stream", objective: Objective):
+        self._config, self._rows, self._objective = config, rows, objective
+        self._seed = config.seed if config.data.order_seed < 0 else config.data.order_seed
+        self.weights = mixture.weights(config.data.domain_weights, rows.domains, config.data.source)
+        self._lists: dict[str, RowList] = {}
+        for name in ("list", "then") if config.select.rows == "list" else ():
+            file = config.select[name]
+            if file not in THEN:
+                self._lists[name] = row_list.read(file)
+                self._lists[name].check(rows)
+
+    def facts(self) -> dict[str, Any]:
+        """What config.json says of the choice of rows."""
+        return {"domain_weights": self.weights, "lists": {name: x.header for name, x in self._lists.items()}}
+
+    @property
+    def stream(self) -> "Stream | None":
+        """The source itself, where rows are not prepared."""
+        return self._rows if self._config.data.stream else None
+
+    def feed(self, plan: tuple[Stage, ...]) -> "Feed | StreamFeed":
+        """Batches by the number of the update, for a run with these stages."""
+        select, batch = self._config.select, self._config.batch_rows
+        until = max((stage.stop for stage in plan if stage.selecting), default=0)
+        if self.stream:
+            return StreamFeed(self.stream, until, select.pool_factor if select.rows == "online" else 1)
+        everything = self._order(None)
+        if select.rows == "all" or not until:
+            return Feed([(0, self._loader(everything, batch))])
+        if select.rows == "online":
+            pool = batch * select.pool_factor
+            chosen = self._loader(everything, pool, causal_too=self._objective.name != "causal")
+            after = self._loader(everything, batch, first_step=until, first_position=until * pool)
+        else:
+            listed = self._order(self._lists["list"].row_ids)
+            chosen = self._loader(listed, batch)
+            after = self._loader(self._after(everything, listed, until), batch, first_step=until)
+        return Feed([(0, chosen), (until, after)])
+
+    def say_lists(self, plan: tuple[Stage, ...], say: Any) -> None:
+        """How far the lists reach."""
+        until = max((stage.stop for stage in plan if stage.selecting), default=0)
+        for name, steps in (("list", until), ("then", self._config.steps - until)):
+            if name in self._lists:
+                needed, there = steps * self._config.batch_rows, len(self._lists[name].row_ids)
+                again = (
+                    "" if needed <= there else f"; each is read {needed / there:.1f} times, every time in a new order"
+                )
+                say(f"select.{name}: {needed:,} rows are read from a list of {there:,}{again}")
+
+    def _order(self, row_ids: np.ndarray | None) -> Any:
+        if self.weights is None:
+            return Order(len(self._rows) if row_ids is None else row_ids, self._seed)
+        return mixture.Mixture(self._rows.all_domains(), self._rows.domains, self.weights, self._seed, row_ids=row_ids)
+
+    def _after(self, everything: Any, listed: Any, until: int) -> Any:
+        then = self._config.select.then
+        if then == "all":
+            return everything
+        if then != "unseen":
+            return self._order(self._lists["then"].row_ids)
+        seen = np.zeros(len(self._rows), bool)
+        seen[listed.rows_at(np.arange(until * self._config.batch_rows))] = True
+        if seen.all():
+            raise UserError(
+                "select.then=unseen, but stage 1 reads every row there is: use select.then=all, or a shorter stage 1"
+            )
+        return self._order(np.flatnonzero(~seen))
+
+    def _loader(self, order: Any, batch_rows: int, **more) -> Loader:
+        return Loader(
+            self._rows,
+            order,
+            batch_rows,
+            objective=self._objective,
+            seed=self._config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            **more,
+        )
+
+
+class StreamFeed:
+    """`Feed` over a stream: the first `until` updates read `pool` of its batches each, the others one."""
+
+    def __init__(self, stream: "Stream", until: int, pool: int):
+        self._stream, self._until, self._pool = stream, until, pool
+
+    def first_at(self, n: int) -> int:
+        """The stream's batch that update `n` begins with."""
+        return min(n, self._until) * self._pool + max(n - self._until, 0)
+
+    def batch_at(self, n: int) -> dict[str, np.ndarray]:
+        """This host's rows of update `n`, which is one more at each call; also as `causal_*`, without a prefix."""
+        parts = [self._stream.batch_at(i) for i in range(self.first_at(n), self.first_at(n + 1))]
+        batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return batch | {CAUSAL + name: x for name, x in batch.items() if self._stream.has_prefix}
+
+    def row_ids_at(self, n: int) -> np.ndarray:
+        """The ids, int64, of all hosts' rows of update `n`, host by host."""
+        parts = [self._stream.row_ids_at(i) for i in range(self.first_at(n), self.first_at(n + 1))]
+        hosts = jax.process_count()
+        return np.concatenate([part.reshape(hosts, -1) for part in parts], axis=1).reshape(-1)
+
+
+class Batch(NamedTuple):
+    """Arrays on the devices, and what the log says of them."""
+
+    arrays: dict[str, jax.Array]
+    row_ids: np.ndarray | None  # of all hosts' candidates, where rows are chosen from them
+    dropped: int | None  # this host's tokens that the objective had no room for
+
+
+class Batches:
+    """Batches on the devices, made ahead by a thread; use as a context manager."""
+
+    def __init__(self, data: Data, plan: tuple[Stage, ...], first: int, run: RunDir, mesh: jax.sharding.Mesh):
+        self._data, self._run, self._where = data, run, sharding.batch_sharding(mesh)
+        self._feed = data.feed(plan)
+        if data.stream and first:
+            self._go_to(first, self._read_place(first))
+        self._ahead = Prefetcher(self._feed, first)
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._ahead.close()
+
+    def follow(self, plan: tuple[Stage, ...], n: int) -> None:
+        """Goes on from update `n` with other stages; what was made ahead for the old ones is dropped."""
+        self._ahead.close()
+        place = self._data.stream and self._data.stream.state_at(self._feed.first_at(n))
+        self._feed = self._data.feed(plan)
+        if place:
+            self._go_to(n, place)
+        self._ahead = Prefetcher(self._feed, n)
+
+    def save_place(self, n: int) -> None:
+        """Keeps where a stream is before update `n`, for this process; prepared rows need nothing kept."""
+        if not self._data.stream:
+            return
+        self._run.stream.mkdir(exist_ok=True)
+        write_json(self._place(n), self._data.stream.state_at(self._feed.first_at(n)))
+        whole = whole_steps(self._run.checkpoints)
+        for file in self._run.stream.glob(f"*-{jax.process_index()}.json"):
+            step = int(file.name.split("-")[0])
+            if step not in whole and step < max(whole, default=0):  # later ones may be under way
+                file.unlink()
+
+    def _place(self, n: int) -> Path:
+        return self._run.stream / f"{n}-{jax.process_index()}.json"
+
+    def _read_place(self, n: int) -> dict[str, Any]:
+        """What `save_place` kept; the stream's own beginning if the file is gone."""
+        file = self._place(n)
+        return self._run.read(file) if file.is_file() else self._data.stream.state_at(0)
+
+    def _go_to(self, n: int, place: dict[str, Any]) -> None:
+        """Update `n` is next; from a `place` before it the stream reads on."""
+        wanted = self._feed.first_at(n)
+        self._data.stream.restore(place | {"skip": wanted - place["batch"]})
+
+    def batch_at(self, n: int, names: Collection[str]) -> "Batch":
+        """The batch of update n, of it the arrays `names`."""
+        batch = self._ahead.batch_at(n)
+        row_ids = self._feed.row_ids_at(n) if "domain" in names else None
+        dropped = int(batch["dropped"].sum()) if "dropped" in batch else None
+        return Batch(put(batch, names, self._where), row_ids, dropped)
+
+
+def put(batch: Mapping[str, np.ndarray], names: Collection[str], where: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """Arrays of a batch from the loader, on the devices; each process gives its own rows."""
+    return {name: jax.make_array_from_process_local_data(where, batch[name]) for name in names}

@@ -1,0 +1,101 @@
+"""The other models a run needs: which, from where, in which stage, and what they cost."""
+
+from typing import NamedTuple
+
+import ml_collections
+
+from slm_assist import flops
+from slm_assist.assist import scores
+from slm_assist.assist.helpers import KEYS, Helper
+from slm_assist.assist.scores import Score
+from slm_assist.assist.stages import Stage
+from slm_assist.errors import UserError
+from slm_assist.models import ModelConfig
+
+
+class Wanted(NamedTuple):
+    """A role that a config needs filled."""
+
+    directory: str
+    step: int
+
+
+def score_of(config: ml_collections.ConfigDict, vocab_size: int | None = None) -> Score | None:
+    """What rows are scored by on the device; None where none are."""
+    select = config.select
+    if select.rows != "online" or select.rule == "random":
+        return None
+    return scores.make(
+        select.score, k=select.k, masked=select.masked, statistic=select.statistic, vocab_size=vocab_size
+    )
+
+
+def wanted(config: ml_collections.ConfigDict) -> dict[str, Wanted]:
+    """The roles that training with this config needs.
+
+    Raises:
+      UserError: a role without a run.
+    """
+    score = score_of(config)
+    roles = set(score.roles if score else ()) - {"learner"}
+    if config.select.token_share < 1:
+        roles.add("reference")
+    result = scoring(config, roles)
+    if config.assist.schedule != "none":
+        result = {"teacher": Wanted(config.assist.teacher, config.assist.teacher_step), **result}
+    return result
+
+
+def scoring(config: ml_collections.ConfigDict, roles: set[str]) -> dict[str, Wanted]:
+    """The runs of `scorer` and `reference`, as far as they are among `roles`; each falls back on the one before it."""
+    select = config.select
+    runs = {"scorer": select.scorer or config.assist.teacher}
+    runs["reference"] = select.reference or runs["scorer"]
+    result = {}
+    for role in ("scorer", "reference"):
+        if role in roles:
+            if not runs[role]:
+                raise UserError(
+                    f"select.score={select.score} with select.token_share={select.token_share} needs {KEYS[role]}, the "
+                    "run directory of a trained small LM"
+                )
+            result[role] = Wanted(runs[role], select[f"{role}_step"])
+    return result
+
+
+def in_stage(role: str, stage: Stage) -> bool:
+    """Whether a helper takes part in a stage."""
+    return stage.soft_labels if role == "teacher" else stage.selecting
+
+
+def needed(config: ml_collections.ConfigDict, plan: tuple[Stage, ...], step: int) -> set[str]:
+    """The roles that take part in the update `step` -> `step + 1` or in a later one."""
+    left = [stage for stage in plan if stage.stop > step]
+    return {role for role in wanted(config) if any(in_stage(role, stage) for stage in left)}
+
+
+def shares_teacher(config: ml_collections.ConfigDict, helpers: dict[str, Helper]) -> bool:
+    """Whether scorer and teacher are one checkpoint fed the same inputs, so that one forward pass serves both."""
+    if config.data.objective != "causal" or not {"teacher", "scorer"} <= helpers.keys():
+        return False
+    return helpers["teacher"].same(helpers["scorer"])
+
+
+def step_flops(
+    config: ml_collections.ConfigDict, student: ModelConfig, helpers: dict[str, Helper], stage: Stage
+) -> dict[str, float]:
+    """FLOPs of one update in a stage: `student`, `teacher` (soft labels) and `scorer` (all that chooses data)."""
+    length = config.data.seq_len
+    tokens = config.batch_rows * length
+    models = {role: helper.model.config for role, helper in helpers.items()} | {"learner": student}
+    cost = {"student": tokens * flops.plain(student, length), "teacher": 0.0, "scorer": 0.0}
+    score = score_of(config) if stage.selecting else None
+    if stage.soft_labels:
+        shared = score is not None and shares_teacher(config, helpers)
+        teacher = models["teacher"]
+        cost["teacher"] = tokens * (flops.head(teacher) if shared else flops.forward(teacher, length))
+    for role in score.roles if score else ():
+        cost["scorer"] += config.select.pool_factor * tokens * flops.forward(models[role], length)
+    if stage.selecting and config.select.token_share < 1:
+        cost["scorer"] += tokens * (flops.forward(models["reference"], length) + flops.head(student))
+    return cost
