@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from slm_assist.errors import UserError
 
@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"slm-assist: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt as interrupt:
         print("slm-assist: stopped; the same command goes on, or starts again", file=sys.stderr)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
@@ -42,8 +45,15 @@ def _terminate(number: int, _) -> None:
     raise KeyboardInterrupt(number)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything here does; its subparsers too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="slm-assist",
         description="Train a large language model with the help of a small one.",
         epilog="Any key of slm_assist/config.py is set with --key=value, as --assist.weight=0.5.",
@@ -138,9 +148,8 @@ def _number(kind: type) -> Callable[[str], Any]:
         try:
             return kind(text)
         except ValueError:
-            raise UserError(
-                f"{text!r} is not a number; give {'a whole one' if kind is int else 'one such as 0.2'}"
-            ) from None
+            cure = "a whole one" if kind is int else "one such as 0.2"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number; give {cure}") from None
 
     return number
 
@@ -192,6 +201,8 @@ def _prepare(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     from slm_assist.corpus import prepare, prepare_as_told
 
     part = parse_part(options.part)
+    if part and options.beam:
+        raise UserError("--part and --beam: Beam makes all parts; give one of the two")
     resolved, _ = config.resolve(options.experiment, overrides)
     if options.beam:
         from slm_assist.data import beam

@@ -6,8 +6,8 @@ from typing import Any
 import ml_collections
 
 from slm_assist import plugins
-from slm_assist.assist import selection
-from slm_assist.errors import UserError, one_of
+from slm_assist.assist import schedule, scores, selection
+from slm_assist.errors import UserError, nearest, one_of
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -31,7 +31,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     one_of("optimizer.name", config.optimizer.name, ("adamw", "adafactor"))
     one_of("optimizer.schedule", config.optimizer.schedule, ("cosine", "wsd", "constant"))
     if not plugins.is_plugin(config.assist.schedule):
-        one_of("assist.schedule", config.assist.schedule, ("none", "constant", "step", "linear", "ratio", "auto"))
+        one_of("assist.schedule", config.assist.schedule, schedule.KINDS)
     one_of("model.scan_layers", config.model.scan_layers, ("auto", "true", "false"))
     one_of("compute.dtype", config.compute.dtype, ("auto", "float32", "bfloat16"))
     one_of("compute.remat", config.compute.remat, ("none", "dots", "full"))
@@ -132,7 +132,7 @@ def _check_assist(config: ml_collections.ConfigDict) -> None:
 def _check_select(config: ml_collections.ConfigDict) -> None:
     select = config.select
     one_of("select.rows", select.rows, ("all", "online", "list"))
-    one_of("select.masked", select.masked, ("zero", "drop"))
+    one_of("select.masked", select.masked, scores.MASKED)
     selection.check_rule(select.rule)
     if not select.token_share > 0:
         raise UserError("select.token_share=0 leaves no token to learn from; use a share above 0, 1 for all")
@@ -141,6 +141,10 @@ def _check_select(config: ml_collections.ConfigDict) -> None:
             f"select.rows={select.rows} and select.list={select.list!r}: a list needs both select.rows=list and "
             "select.list, the file that `slm-assist select` wrote"
         )
+    if select.list in THEN:
+        raise UserError(f"select.list={select.list}: name the file that `slm-assist select` wrote")
+    if select.then not in THEN and not select.then.endswith(".npz"):
+        raise UserError(f"select.then={select.then!r}: write all, unseen or a file .npz{nearest(select.then, THEN)}")
     if select.rows == "online" and select.pool_factor < 2:
         raise UserError("select.pool_factor=1 leaves nothing to choose from; use at least 2")
     if select.steps > config.steps:
@@ -168,6 +172,7 @@ def selecting_steps(config: ml_collections.ConfigDict, assisted: int) -> int:
     return assisted or round(WITHOUT_TEACHER * config.steps)
 
 
+THEN = ("all", "unseen")  # other values of select.then are files
 WITHOUT_TEACHER = 0.173  # the paper's 36K of 208K
 
 

@@ -18,11 +18,12 @@ from slm_assist.assist import online, row_list
 from slm_assist.assist.schedule import AssistSchedule, assist_schedule
 from slm_assist.assist.scores import Score
 from slm_assist.assist.stages import Stage, stages
-from slm_assist.data import objectives
+from slm_assist.data import mixture, objectives
 from slm_assist.data import rows as rows_lib
 from slm_assist.data.objectives import Objective
 from slm_assist.errors import UserError
 from slm_assist.evals.perplexity import Perplexity
+from slm_assist.losses import blocked
 from slm_assist.losses.common import check_top_k
 from slm_assist.models import ModelConfig, Transformer
 from slm_assist.models.sizes import named
@@ -82,6 +83,25 @@ class Experiment:
             "window": assist.window,
             "patience": assist.patience,
         }
+
+    def shares_teacher(self, helpers: dict[str, helpers_lib.Helper], stage: Stage) -> bool:
+        """Whether scorer and teacher are one checkpoint fed the same inputs, and one forward pass serves both.
+
+        It keeps the hidden states of all candidates, and of all kept rows on every device; that must be no more than
+        the logits of a block may take.
+        """
+        roles_here = {"teacher", "scorer"} <= helpers.keys() and stage.soft_labels and stage.selecting
+        if not roles_here or self.objective.name != "causal" or not helpers["teacher"].same(helpers["scorer"]):
+            return False
+        model, select = helpers["teacher"].model, self.config.select
+        row = self.config.data.seq_len * model.config.d_model * jnp.dtype(model.dtype).itemsize
+        rows = self.config.batch_rows * (1 + select.pool_factor / sharding.batch_shards(self.mesh))
+        return rows * row <= (self.student.block_bytes or blocked.default_block_bytes())
+
+    def step_flops(self, helpers: dict[str, helpers_lib.Helper], stage: Stage) -> dict[str, float]:
+        """`roles.step_flops` of this experiment."""
+        shared = self.shares_teacher(helpers, stage)
+        return roles.step_flops(self.config, self.student.model.config, helpers, stage, shared)
 
     def kinds(self, first: int, assisted: int) -> tuple[Stage, ...]:
         """One stage of every kind that may come from update `first` on; `assisted` is -1 while undecided."""
@@ -143,11 +163,20 @@ def _check_before_data(config: ml_collections.ConfigDict, run: RunDir) -> None:
     objectives.check(config.data)
     wanted = roles.wanted(config)
     for name in ("list", "then"):
-        if config.select.rows == "list" and config.select[name] not in feed_lib.THEN:
+        if config.select.rows == "list" and config.select[name] not in config_rules.THEN:
             row_list.read(config.select[name])
+    mixture.check(config.data.domain_weights)
+    vocabulary = corpus.find_vocabulary(config, run)
+    if vocabulary:
+        roles.score_of(config, vocabulary.size)
+        check_top_k(config.assist.top_k, vocabulary.size)
+        if not config.data.stream:
+            objectives.make(
+                config.data, vocabulary.with_sentinels(len(vocabulary.sentinel_ids) or corpus.sentinels(config))
+            )
     if not run.config.is_file():
         for role, (directory, step) in wanted.items():
-            helpers_lib.find_step(role, helpers_lib.open_run(role, directory, step), step)
+            helpers_lib.find(role, directory, step=step, vocabulary=vocabulary, dtype=jnp.float32)
         if config.validation.buckets:
             helpers_lib.open_run("buckets", config.validation.buckets)
 
@@ -283,6 +312,16 @@ def check_resume(run: RunDir, experiment: Experiment) -> dict[str, Any] | None:
     if changed:
         raise UserError(f"{run}: cannot go on, the data or device is not what it was ({'; '.join(changed)}); {CURE}")
     return stored["facts"]
+
+
+def check_helpers(run: RunDir, stored: dict[str, Any], helpers: dict[str, helpers_lib.Helper]) -> None:
+    """Raises `UserError` where a helper that a run goes on with is another than the one it began with."""
+    for role, helper in helpers.items():
+        if helper.facts()["identity"] != stored["helpers"][role].get("identity"):
+            raise UserError(
+                f"{helpers_lib.KEYS[role]}={helper.run}: not the run that {run} began with; put that one back, or "
+                "start over beside it with --fresh"
+            )
 
 
 def check_config(run: RunDir, config: ml_collections.ConfigDict) -> None:

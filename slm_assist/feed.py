@@ -1,5 +1,6 @@
 """Which rows a run reads at which update: all of them, candidates to choose from, or lists made beforehand."""
 
+import functools
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,7 @@ from slm_assist.assist.online import CAUSAL
 from slm_assist.assist.row_list import RowList
 from slm_assist.assist.stages import Stage
 from slm_assist.checkpoint import whole_steps
+from slm_assist.config_rules import THEN
 from slm_assist.data import mixture
 from slm_assist.data.loader import Feed, Loader, Prefetcher
 from slm_assist.data.objectives import Objective
@@ -26,14 +28,13 @@ from slm_assist.run_dir import RunDir
 if TYPE_CHECKING:  # TensorFlow loads only where a config names a stream
     from slm_assist.data.stream import Stream
 
-THEN = ("all", "unseen")  # other values of select.then are files
-
 
 class Data:
     """The training rows of a config, and their order.
 
     An unchanged choice of rows runs on through a switch of stages: where rows are chosen on the device, what
-    follows begins behind the last candidates. Another list has an order and a position of its own.
+    follows begins behind the last candidates. Another list has an order and a position of its own. Candidates that
+    span two epochs (or weights that repeat a small domain) may hold a row twice.
 
     Raises:
       UserError: a list that was made for other rows, or weights for other domains.
@@ -43,6 +44,12 @@ class Data:
         self._config, self._rows, self._objective = config, rows, objective
         self._seed = config.seed if config.data.order_seed < 0 else config.data.order_seed
         self.weights = mixture.weights(config.data.domain_weights, rows.domains, config.data.source)
+        pool = config.batch_rows * config.select.pool_factor
+        if config.select.rows == "online" and not config.data.stream and pool > len(rows):
+            raise UserError(
+                f"select.pool_factor={config.select.pool_factor}: an update would have {pool:,} candidates, and the "
+                f"corpus has {len(rows):,} rows; lower it, or batch_rows"
+            )
         self._lists: dict[str, RowList] = {}
         for name in ("list", "then") if config.select.rows == "list" else ():
             file = config.select[name]
@@ -65,48 +72,52 @@ class Data:
         until = max((stage.stop for stage in plan if stage.selecting), default=0)
         if self.stream:
             return StreamFeed(self.stream, until, select.pool_factor if select.rows == "online" else 1)
-        everything = self._order(None)
         if select.rows == "all" or not until:
-            return Feed([(0, self._loader(everything, batch))])
+            return Feed([(0, self._loader(self._everything, batch))])
         if select.rows == "online":
             pool = batch * select.pool_factor
-            chosen = self._loader(everything, pool, causal_too=self._objective.name != "causal")
-            after = self._loader(everything, batch, first_step=until, first_position=until * pool)
-        else:
-            listed = self._order(self._lists["list"].row_ids)
-            chosen = self._loader(listed, batch)
-            after = self._loader(self._after(everything, listed, until), batch, first_step=until)
-        return Feed([(0, chosen), (until, after)])
+            chosen = self._loader(self._everything, pool, causal_too=self._objective.name != "causal")
+            after = self._loader(self._everything, batch, first_step=until, first_position=until * pool)
+            return Feed([(0, chosen), (until, after)])
+        return Feed([(first, self._loader(order, batch, first_step=first)) for first, order in self._listed(until)])
 
     def say_lists(self, plan: tuple[Stage, ...], say: Any) -> None:
         """How far the lists reach."""
         until = max((stage.stop for stage in plan if stage.selecting), default=0)
-        for name, steps in (("list", until), ("then", self._config.steps - until)):
-            if name in self._lists:
-                needed, there = steps * self._config.batch_rows, len(self._lists[name].row_ids)
-                again = (
-                    "" if needed <= there else f"; each is read {needed / there:.1f} times, every time in a new order"
-                )
-                say(f"select.{name}: {needed:,} rows are read from a list of {there:,}{again}")
+        stops = (until, self._config.steps)
+        for (first, order), stop in zip(self._listed(until) if self._lists else (), stops, strict=False):
+            if order is not self._everything:
+                needed, there = (stop - first) * self._config.batch_rows, len(order)
+                each = "each is read" if self.weights is None else "on average, each is read"
+                again = "" if needed <= there else f"; {each} {needed / there:.1f} times, every time in a new order"
+                say(f"updates {first} to {stop}: {needed:,} rows are read from a list of {there:,}{again}")
+
+    @functools.cached_property
+    def _everything(self) -> Any:
+        return self._order(None)
 
     def _order(self, row_ids: np.ndarray | None) -> Any:
         if self.weights is None:
             return Order(len(self._rows) if row_ids is None else row_ids, self._seed)
         return mixture.Mixture(self._rows.all_domains(), self._rows.domains, self.weights, self._seed, row_ids=row_ids)
 
-    def _after(self, everything: Any, listed: Any, until: int) -> Any:
-        then = self._config.select.then
-        if then == "all":
-            return everything
-        if then != "unseen":
-            return self._order(self._lists["then"].row_ids)
-        seen = np.zeros(len(self._rows), bool)
-        seen[listed.rows_at(np.arange(until * self._config.batch_rows))] = True
-        if seen.all():
-            raise UserError(
-                "select.then=unseen, but stage 1 reads every row there is: use select.then=all, or a shorter stage 1"
-            )
-        return self._order(np.flatnonzero(~seen))
+    def _listed(self, until: int) -> list[tuple[int, Any]]:
+        """(first update, order) of the selected rows and, where the run goes on, of those afterwards."""
+        select, listed = self._config.select, self._order(self._lists["list"].row_ids)
+        if until == self._config.steps:
+            return [(0, listed)]
+        after = self._everything
+        if select.then == "unseen":
+            seen = np.zeros(len(self._rows), bool)
+            seen[listed.rows_at(np.arange(until * self._config.batch_rows))] = True
+            if seen.all():
+                raise UserError(
+                    "select.then=unseen, but stage 1 reads every row: use select.then=all, or a shorter stage 1"
+                )
+            after = self._order(np.flatnonzero(~seen))
+        elif select.then != "all":
+            after = self._order(self._lists["then"].row_ids)
+        return [(0, listed), (until, after)]
 
     def _loader(self, order: Any, batch_rows: int, **more) -> Loader:
         return Loader(

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from slm_assist import flops, roles
+from slm_assist import flops
 from slm_assist.assist.auto import Auto
 from slm_assist.assist.helpers import Helper
 from slm_assist.assist.online import ROWS
@@ -118,7 +118,7 @@ class Log:
         if self._auto and stage.soft_labels:
             self._auto.observe(step, values["accuracy"], values["teacher_accuracy"])
         self._tokens += values.pop("tokens")
-        cost = roles.step_flops(self._experiment.config, self._experiment.student.model.config, self._helpers, stage)
+        cost = self._experiment.step_flops(self._helpers, stage)
         self._flops = {name: total + cost[name] for name, total in self._flops.items()}
         record = {"kind": "train", "step": step, "stage": stage.name} | values
         record |= {
@@ -163,10 +163,10 @@ class Log:
         bad = ", ".join(f"{name} is {value}" for name, value in values.items() if not all_finite({name: value}))
         last = max(whole_steps(self._run.checkpoints), default=None)
         kept = "no checkpoint was written yet" if last is None else f"checkpoint {last} is kept"
-        raise UserError(
-            f"step {step}: {bad}; {kept}: start over with --fresh and a lower optimizer.peak_learning_rate or with "
-            "optimizer.clip_norm, or look at the data of this step"
-        )
+        cure = "a lower optimizer.peak_learning_rate or with optimizer.clip_norm"
+        if not all_finite({"score": values.get("score_mean", 0.0)}):
+            cure = "another select.scorer_step or select.score"
+        raise UserError(f"step {step}: {bad}; {kept}: start over with --fresh and {cure}, or look at this step's data")
 
     def _show(self, record: dict[str, Any], rate: float) -> None:
         speed = f"MFU {100 * rate / self._peak:.1f}%" if self._peak else f"{rate / 1e9:.0f} GFLOP/s"

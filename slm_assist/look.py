@@ -14,8 +14,6 @@ from slm_assist.experiment import Experiment
 from slm_assist.feed import put
 from slm_assist.run_dir import RunDir
 
-ARRAYS = ("tokens", "targets", "segment_ids", "positions", "mask")
-
 
 def write_sample(
     experiment: Experiment,
@@ -46,7 +44,7 @@ def write_sample(
     where, scores = sharding.batch_sharding(experiment.mesh), []
 
     def stats_of(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        values, loss, rank = jax.device_get(scored(params, put(batch, ARRAYS, where)))
+        values, loss, rank = jax.device_get(scored(params, put(batch, labels.ARRAYS, where)))
         scores.append(values)
         return loss, rank
 

@@ -1,6 +1,7 @@
 """Functions from other people's packages, named in a config as "package.module:function"."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from slm_assist.errors import UserError, nearest
@@ -9,6 +10,16 @@ from slm_assist.errors import UserError, nearest
 def is_plugin(name: str) -> bool:
     """Whether a config's value names a function of somebody's package rather than one of ours."""
     return ":" in name
+
+
+def call(key: str, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What somebody's function gives, with its mistakes in one line that names the key."""
+    try:
+        return function(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{key}={name!r}: the function fails: {str(error).splitlines()[0]!r}") from error
 
 
 def load(key: str, name: str) -> Any:

@@ -32,7 +32,11 @@ def compile_all(
             {"out_shardings": whole},
         )
     }
-    for stage in experiment.kinds(int(state.step), int(state.assist["stage1_steps"])):
+    kinds = experiment.kinds(int(state.step), int(state.assist["stage1_steps"]))
+    same: dict[tuple, str] = {}  # a list of rows changes what is read, not the step
+    for stage in kinds:
+        if same.setdefault(_program(experiment, stage), stage.name) != stage.name:
+            continue
         arguments = (state, batch_shapes(experiment, stage), params_in(stage, params_of))
         function = stage_step(experiment, stage, helpers)
         functions[stage.name] = (function, arguments, {"out_shardings": (layout, whole), "donate_argnums": 0})
@@ -43,13 +47,20 @@ def compile_all(
         name: jax.jit(function, **jit).lower(*arguments).compile(compiler_options=options)
         for name, (function, arguments, jit) in functions.items()
     }
+    compiled |= {stage.name: compiled[same[_program(experiment, stage)]] for stage in kinds}
     say(
         f"compiled {', '.join(compiled)} in {time.perf_counter() - began:.0f} s; "
         f"{student.model.num_params():,} parameters, computing in {experiment.dtype} "
         f"({experiment.config.compute.dtype}) on {experiment.mesh.size} x {device.device_kind}"
     )
-    _say_costs(experiment, helpers, say)
+    _say_costs(experiment, kinds, helpers, say)
     return compiled
+
+
+def _program(experiment: Experiment, stage: Stage) -> tuple:
+    """What tells the steps of two stages apart."""
+    select = experiment.config.select
+    return stage.soft_labels, stage.selecting and (select.rows == "online" or select.token_share < 1)
 
 
 def params_in(stage: Stage, params_of: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +87,7 @@ def stage_step(experiment: Experiment, stage: Stage, helpers: dict[str, Helper])
             focus=focus,
         )
     if stage.selecting and config.select.rows == "online":
-        chooser = make_filter(experiment, models, stage.soft_labels and roles.shares_teacher(config, helpers))
+        chooser = make_filter(experiment, models, experiment.shares_teacher(helpers, stage))
         step = functools.partial(steps.choosing_step, chooser=chooser, then=step)
     return step
 
@@ -125,15 +136,16 @@ def _array(experiment: Experiment, shape: tuple[int, ...], dtype: Any) -> jax.Sh
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(experiment.mesh))
 
 
-def _say_costs(experiment: Experiment, helpers: dict[str, Helper], say: Say) -> None:
+def _say_costs(experiment: Experiment, kinds: tuple[Stage, ...], helpers: dict[str, Helper], say: Say) -> None:
     """Memory of every helper, and what each stage's step costs beside a plain one."""
+    seen: dict[str, Helper] = {}
     for role, helper in helpers.items():
-        say(
-            f"{role}: {helper.run} at step {helper.step}, {helper.model.num_params():,} parameters, "
-            f"{helper.bytes() / 1e6:,.1f} MB on every device"
-        )
-    for stage in experiment.plan() if helpers else ():
-        cost = roles.step_flops(experiment.config, experiment.student.model.config, helpers, stage)
+        twin = next((other for other in seen if seen[other].same(helper)), None)
+        memory = f"{helper.bytes() / 1e6:,.1f} MB on every device" if twin is None else f"the same in memory as {twin}"
+        say(f"{role}: {helper.run} at step {helper.step}, {helper.model.num_params():,} parameters, {memory}")
+        seen[role] = helper
+    for stage in kinds:
+        cost = experiment.step_flops(helpers, stage)
         shares = [f"{name} {cost[name] / cost['student']:.2f}" for name in ("teacher", "scorer") if cost[name]]
         if shares:
             say(f"FLOPs of an update in {stage.name}, by a plain one's: 1 + {' + '.join(shares)}")

@@ -74,26 +74,25 @@ def needed(config: ml_collections.ConfigDict, plan: tuple[Stage, ...], step: int
     return {role for role in wanted(config) if any(in_stage(role, stage) for stage in left)}
 
 
-def shares_teacher(config: ml_collections.ConfigDict, helpers: dict[str, Helper]) -> bool:
-    """Whether scorer and teacher are one checkpoint fed the same inputs, so that one forward pass serves both."""
-    if config.data.objective != "causal" or not {"teacher", "scorer"} <= helpers.keys():
-        return False
-    return helpers["teacher"].same(helpers["scorer"])
-
-
 def step_flops(
-    config: ml_collections.ConfigDict, student: ModelConfig, helpers: dict[str, Helper], stage: Stage
+    config: ml_collections.ConfigDict,
+    student: ModelConfig,
+    helpers: dict[str, Helper],
+    stage: Stage,
+    shares_teacher: bool,
 ) -> dict[str, float]:
-    """FLOPs of one update in a stage: `student`, `teacher` (soft labels) and `scorer` (all that chooses data)."""
+    """FLOPs of one update in a stage: `student`, `teacher` (soft labels) and `scorer` (all that chooses data).
+
+    With `shares_teacher`, the scorer's forward pass is the teacher's too.
+    """
     length = config.data.seq_len
     tokens = config.batch_rows * length
     models = {role: helper.model.config for role, helper in helpers.items()} | {"learner": student}
     cost = {"student": tokens * flops.plain(student, length), "teacher": 0.0, "scorer": 0.0}
     score = score_of(config) if stage.selecting else None
     if stage.soft_labels:
-        shared = score is not None and shares_teacher(config, helpers)
         teacher = models["teacher"]
-        cost["teacher"] = tokens * (flops.head(teacher) if shared else flops.forward(teacher, length))
+        cost["teacher"] = tokens * (flops.head(teacher) if shares_teacher else flops.forward(teacher, length))
     for role in score.roles if score else ():
         cost["scorer"] += config.select.pool_factor * tokens * flops.forward(models[role], length)
     if stage.selecting and config.select.token_share < 1:

@@ -7,7 +7,6 @@ the same shape, so on the same devices its score has the same bits however the w
 
 import dataclasses
 import functools
-import hashlib
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -122,6 +121,7 @@ class Job:
 
 def _prepare(config: ml_collections.ConfigDict, out: Path, say: Say) -> Job:
     """Cheap checks first, then the rows, then the helpers checked against them."""
+    score_store.check_out(out)
     select = config.select
     options = {"k": select.k, "masked": select.masked, "statistic": select.statistic}
     chosen = scores.make(select.score, **options)
@@ -153,7 +153,7 @@ def _prepare(config: ml_collections.ConfigDict, out: Path, say: Say) -> Job:
         "seq_len": rows.seq_len,
         "domains": rows.domains,
         "score": {"name": select.score} | options,
-        "helpers": {role: helper.facts() | {"config": _digest(helper)} for role, helper in helpers.items()},
+        "helpers": {role: helper.facts() for role, helper in helpers.items()},
         "dtype": str(dtype),
         "batch_rows": config.batch_rows,
         "span_rows": span_rows(len(rows), config.batch_rows),
@@ -175,11 +175,6 @@ def _make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
             f"use a multiple of {shards}"
         )
     return mesh
-
-
-def _digest(helper: Helper) -> str:
-    """Names the run that a helper comes from, wherever it lies."""
-    return hashlib.blake2b(helper.run.config.read_bytes(), digest_size=16).hexdigest()
 
 
 def _step(out: Path, role: str, run: RunDir, step: int) -> int:

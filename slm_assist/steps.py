@@ -205,7 +205,7 @@ def _gradients(
 ) -> tuple[Any, Loss]:
     """Summed gradients of `loss_of(params, rows, before(rows)).total` over microbatches, and the summed loss.
 
-    `before` runs outside the gradient, one microbatch at a time, so its results never exist for a whole batch.
+    `before` runs outside the gradient, one microbatch at a time, so what it makes never exists for a whole batch.
     """
 
     def one(rows: Batch) -> tuple[Any, Loss]:

@@ -80,6 +80,9 @@ def _run(experiment: Experiment, run: RunDir, say: Say) -> None:
     first, assisted = int(state.step), int(state.assist["stage1_steps"])  # -1: `auto` has not decided
     plan = experiment.plan(assisted)
     helpers = helpers if new else experiment_lib.find_helpers(experiment, chosen, roles.needed(config, plan, first))
+    if stored:
+        experiment_lib.check_helpers(run, stored, helpers)
+    experiment.data.feed(plan)  # what does not fit in the lists shows here
     helpers, params_of = helpers_lib.load_all(helpers, mesh, say)
     facts = stored or experiment_lib.facts(experiment, helpers)
     compiled = programs.compile_all(experiment, state, helpers, params_of, say)
@@ -88,8 +91,9 @@ def _run(experiment: Experiment, run: RunDir, say: Say) -> None:
     clock.lap("compile")
     if stored is None:
         _write_identity(experiment, run, facts)
-        look.write_sample(experiment, run, helpers, params_of, state.params, plan)
         experiment.data.say_lists(plan, say)
+    if first == 0:
+        look.write_sample(experiment, run, helpers, params_of, state.params, plan)
 
     auto = auto_lib.Auto.restore(experiment.auto_options(), meta["auto"]) if assisted < 0 else None
     log = Log(experiment, run, helpers, meta, first, clock, auto)
@@ -115,6 +119,7 @@ def _run(experiment: Experiment, run: RunDir, say: Say) -> None:
                 state = experiment.switched(state, n)
                 log.switch(n, decision.reason)
                 batches.follow(plan, n)
+                experiment.data.say_lists(plan, say)
             stage = stage_at(plan, n)
             helpers_lib.drop(params_of, params_of.keys() - roles.needed(config, plan, n))
             batch = batches.batch_at(n, programs.batch_shapes(experiment, stage))
@@ -128,14 +133,6 @@ def _run(experiment: Experiment, run: RunDir, say: Say) -> None:
 
 def _due(n: int, every: int, steps: int) -> bool:
     return n == steps or (every > 0 and n > 0 and n % every == 0)
-
-
-def _find_helpers(experiment: Experiment, step: int, stored: dict[str, Any] | None) -> dict[str, helpers_lib.Helper]:
-    """The helpers that a run at `step` still needs; their own step is the one the run began with."""
-    if not any(stage.name == "assisted" and step < stage.stop for stage in experiment.stages):
-        return {}
-    at = stored["helpers"]["teacher"]["step"] if stored else experiment.config.assist.teacher_step
-    return {"teacher": experiment_lib.find_teacher(experiment, at)}
 
 
 def _start(experiment: Experiment, run: RunDir, say: Say) -> tuple[TrainState, dict[str, Any], Checkpoints]:

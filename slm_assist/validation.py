@@ -9,12 +9,11 @@ import numpy as np
 
 from slm_assist import metrics, sharding, steps
 from slm_assist.assist import helpers as helpers_lib
+from slm_assist.assist.labels import ARRAYS
 from slm_assist.evals import perplexity
 from slm_assist.experiment import Experiment, Say
 from slm_assist.feed import put
 from slm_assist.run_dir import RunDir
-
-ARRAYS = ("tokens", "targets", "segment_ids", "positions", "mask")
 
 
 def validator(experiment: Experiment, run: RunDir, eval_step: Callable, say: Say) -> Callable:

@@ -113,7 +113,7 @@ QUOTAS = {"books": 1, "code": 1, "web": 1}
         ({"rows": 5, "low": 0.2}, "low=0.2.*no meaning with rule=top"),
         ({"rule": "band", "low": 0.6, "high": 0.5}, "0 <= low < high"),
         ({"rule": "band", "low": 0.501, "high": 0.509}, "no row lies in this band of 100"),
-        ({"rule": "band", "low": 0.5, "high": 0.6, "rows": 11}, "its quota is 11 rows and it has 10"),
+        ({"rule": "band", "low": 0.5, "high": 0.6, "rows": 11}, "11 are wanted and there are 10"),
         ({"rule": "gumbel", "rows": 5, "tau": -1.0}, "tau=-1"),
         ({"rows": 33, "quotas": "even"}, "books: its quota is 11 rows and it has 10.*at most 30 rows"),
         ({"rows": 5, "quotas": "evn"}, "quotas='evn'"),

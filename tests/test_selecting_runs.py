@@ -53,18 +53,24 @@ def keys_of(tmp, name: str) -> dict:
         | {"assist__schedule": "auto", "assist__steps": 8, "assist__window": 2, "assist__margin": 1.0},
         "ul2": teacher | SALT | ONLINE
         | {"data__objective": "ul2", "data__sentinels": 8, "data__vocabulary": str(tmp / "ul2_lm")},
+        "scorer leaves first": teacher | SALT | ONLINE | {"assist__steps": 9, "select__steps": 3},
+        "teacher leaves first": teacher | SALT | ONLINE | {"assist__steps": 3, "select__steps": 9},
         "rho1": {"select__token_share": 0.6, "select__reference": str(tmp / "small_lm"), "select__fraction": 0.5,
                  "microbatches": 2},
     }[name]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["salt_ds", "threshold", "gumbel", "list", "auto", "ul2", "rho1"])
+RESUMED = ["salt_ds", "threshold", "gumbel", "list", "auto", "ul2", "rho1"]
+RESUMED += ["scorer leaves first", "teacher leaves first"]
+
+
+@pytest.mark.parametrize("name", RESUMED)
 def test_killed_and_resumed_equals_straight(tmp, monkeypatch, name):
     if name == "ul2":
         tiny.run(tmp, "ul2_lm", checkpoint__keep_fraction=0.34, data__sentinels=8, data__objective="ul2")
     keys = keys_of(tmp, name) | ({"assist__teacher": str(tmp / "ul2_lm")} if name == "ul2" else {})
     straight = tiny.run(tmp, name, **keys)
-    for step in (4, 7) if name in ("auto", "list") else (4,):  # in stage 1, and after it
+    for step in (4, 7) if name in ("auto", "list") else (7,) if "first" in name else (4,):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             interrupt_at(patch, step, kill)
             tiny.run(tmp, f"{name}-{step}", **keys)
@@ -117,6 +123,10 @@ def test_list_that_is_too_short_is_said(tmp):
     messages: list[str] = []
     tiny.run(tmp, "short", messages=messages, **keys_of(tmp, "list"))
     assert any("40 rows are read from a list of 20; each is read 2.0 times" in line for line in messages)
+    assert any("updates 5 to 12: 56 rows are read from a list of" in line for line in messages)
+    messages.clear()
+    tiny.run(tmp, "short-2", messages=messages, **(keys_of(tmp, "list") | {"select__then": "all"}))
+    assert any("compiled eval, selecting, plain" in line for line in messages)
 
 
 def test_auto_says_why_and_drops_the_teacher(tmp):
@@ -146,6 +156,18 @@ def test_stage_2_needs_no_helper(tmp, monkeypatch):
     assert tiny.run(tmp, "left", **keys).summary.is_file()
 
 
+def test_a_helper_that_changed_meanwhile_is_refused(tmp, monkeypatch):
+    shutil.copytree(tmp / "small_lm", tmp / "changing")
+    keys = keys_of(tmp, "salt_ds") | {"assist__teacher": str(tmp / "changing")}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt_at(patch, 4, kill)
+        tiny.run(tmp, "changed", **keys)
+    shutil.rmtree(tmp / "changing")
+    tiny.run(tmp, "changing", checkpoint__keep_fraction=0.34, model__d_model=16, seed=1)
+    with pytest.raises(UserError, match="not the run that .* began with"):
+        tiny.run(tmp, "changed", **keys)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -153,6 +175,10 @@ def test_stage_2_needs_no_helper(tmp, monkeypatch):
         ({"select__rows": "list"}, "both select.rows=list and"),
         ({"select__rows": "list", "select__list": "/nowhere/list.npz", "select__steps": 3}, "/nowhere/list.npz"),
         ({"select__rows": "online", "select__pool_factor": 1}, "at least 2"),
+        ({"select__rows": "online", "select__rule": "random", "select__pool_factor": 5000}, "40,000 candidates"),
+        ({"select__rows": "list", "select__list": "all"}, "select.list=all"),
+        ({"select__rows": "list", "select__list": "x.npz", "select__then": "unsen"}, "did you mean unseen"),
+        ({"data__domain_weights": "naturl"}, "did you mean natural"),
         ({"select__scorer": "x"}, "nothing is selected"),
         ({"select__token_share": 0.5, "select__steps": 3}, "needs select.reference"),
         ({"select__rows": "online", "select__score": "sal", "select__steps": 3}, "did you mean salt"),

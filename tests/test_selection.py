@@ -60,7 +60,8 @@ def test_gumbel_top_lies_between_top_and_random():
     scores = np.random.default_rng(0).standard_normal(1000)
     assert selection.gumbel_top(scores, 200, 0.0, 1).tolist() == selection.top(scores, 200).tolist()
     assert selection.gumbel_top(scores, 200, 1e-9, 1).tolist() == selection.top(scores, 200).tolist()
-    assert selection.gumbel_top(scores, 200, 1e9, 1).tolist() == selection.random(1000, 200, 1).tolist()
+    blind, other = selection.gumbel_top(scores, 200, 1e9, 1), selection.random(1000, 200, 1)
+    assert 20 < len(set(blind.tolist()) & set(other.tolist())) < 60  # 40 by chance: noises of their own
     some = selection.gumbel_top(scores, 200, 1.0, 1)
     assert len(set(some)) == 200 and scores[some].mean() > 0.3
     assert some.tolist() == selection.gumbel_top(scores, 200, 1.0, 1).tolist()
@@ -98,12 +99,6 @@ def test_per_domain_is_top_inside_each():
     for quotas, has in (({2: 98}, (domains == 2).sum()), ({9: 1}, 0)):
         with pytest.raises(UserError, match=f"it has {has}"):
             selection.per_domain(scores, domains, quotas)
-
-
-def test_rows_that_only_their_place_chose():
-    scores = np.array([0, 3, 0, 0, 1, 1, 0], np.float32)
-    assert [selection.undecided(scores, m) for m in range(1, 8)] == [0, 1, 0, 1, 2, 3, 0]
-    assert selection.undecided(np.zeros(9), 4) == 4
 
 
 @pytest.mark.parametrize(
@@ -183,10 +178,10 @@ def test_gumbel_and_random_follow_their_key():
             np.testing.assert_allclose(np.bincount(index.ravel(), minlength=64) / 500, 0.25, atol=0.09)
 
 
-def test_threshold_keeps_the_first_that_reach_the_bar():
+def test_threshold_keeps_the_highest_that_reach_the_bar():
     scores = np.array([1, 5, 3, 5, 2, 4, 9, 3], np.float32)
     kept = keep(scores, 3, rule="threshold", threshold=4.0)
-    assert kept.index.tolist() == [1, 3, 5] and kept.valid.tolist() == [1, 1, 1]
+    assert kept.index.tolist() == [1, 3, 6] and kept.valid.tolist() == [1, 1, 1]
     kept = keep(scores, 6, rule="threshold", threshold=4.0)
     assert kept.index.tolist() == sorted(set(kept.index.tolist())) and len(kept.index) == 6
     assert {int(i) for i, ok in zip(*kept, strict=True) if ok} == {1, 3, 5, 6}

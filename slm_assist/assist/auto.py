@@ -133,7 +133,7 @@ class Auto:
         if self._updates >= self.window and student >= teacher - self.margin:
             self._because(
                 f"the student's accuracy {student:.4f} came within {self.margin:g} of the small LM's {teacher:.4f} "
-                f"at step {step}"
+                f"at step {step} (asked every {CHECKED_EVERY} updates)"
             )
 
     def _count_validation(self, step: int, cross_entropy: float | None) -> None:

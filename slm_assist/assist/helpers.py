@@ -1,6 +1,7 @@
 """Small LMs from other runs' directories: found, checked, laid out, frozen, and dropped when their stage ends."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -40,6 +41,7 @@ class Helper:
             "parameters": self.model.num_params(),
             "train_flops": self.run.flops_at(self.step),
             "bytes": self.bytes(),
+            "identity": hashlib.blake2b(self.run.config.read_bytes(), digest_size=16).hexdigest(),
         }
 
     def bytes(self) -> int:
@@ -88,7 +90,7 @@ def find(role: str, directory: str, *, step: int, vocabulary: Vocabulary, dtype:
     if difference:
         raise UserError(
             f"{KEYS[role]}={directory}: its vocabulary is not the student's ({difference}); train both with one "
-            "data.vocabulary"
+            "data.vocabulary, and the same data.sentinels or data.objective"
         )
     return Helper(role, run, step, model)
 
@@ -134,8 +136,10 @@ def load_all(
     loaded: dict[str, Helper] = {}
     params_of: dict[str, Any] = {}
     for role, helper in helpers.items():
-        helper, params = helper.load(mesh, say)
         twin = next((other for other in loaded if loaded[other].same(helper)), None)
+        if twin is None:
+            helper, params = helper.load(mesh, say)
+            twin = next((other for other in loaded if loaded[other].same(helper)), None)  # "the newest" is known now
         loaded[role], params_of[role] = helper, params if twin is None else params_of[twin]
     return loaded, params_of
 

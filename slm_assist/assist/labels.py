@@ -10,6 +10,7 @@ from slm_assist.losses.common import Weight
 from slm_assist.models import Transformer
 
 Batch = Mapping[str, jax.Array]
+ARRAYS = ("tokens", "targets", "segment_ids", "positions", "mask")  # of every batch, [B, T]; some have a prefix_mask
 CountedTokens = Callable[[jax.Array, jax.Array], jax.Array]  # the student's (hidden, head) -> mask [B, T]
 
 

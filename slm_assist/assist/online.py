@@ -2,7 +2,8 @@
 
 The small LM's forward pass over the candidates, the scores and the choice are part of the compiled step, sharded
 like the batch; nothing goes by way of the host. Candidates are scored in parts of a microbatch's size, so that
-scoring needs no more memory than the step's own forward pass.
+scoring needs no more memory than the step's own forward pass; but with `share_teacher` the hidden states of all
+candidates are kept, and those of the kept rows stand on every device while they are dealt out again.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from slm_assist.sharding import constrain
 
 ROWS = "rows"  # the metric that is no mean: which rows were kept
 CAUSAL = "causal_"  # names of the arrays to score with, where the objective is another
-ROW_ARRAYS = ("tokens", "targets", "segment_ids", "positions", "mask", "prefix_mask")
+ROW_ARRAYS = (*labels.ARRAYS, "prefix_mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +53,6 @@ class Filter:
     domains: int = 1
     seed: int = 0
     block_bytes: int | None = None
-
-    def __hash__(self):
-        return id(self)
 
 
 class Chosen(NamedTuple):
@@ -147,13 +145,16 @@ def _statistics(chooser: Filter, scores_N: jax.Array, kept: selection.Kept, thre
     pairs = {"candidates": (count, one), "kept_rows": (valid, one)}
     if chooser.score is None:
         return pairs
-    mean = scores_N.sum() / count
+    counts_N = scores_N != -jnp.inf  # a score's way to leave a row out; NaN counts, and shows
+    rows, scores_N = counts_N.sum().astype(jnp.float32), jnp.where(counts_N, scores_N, 0.0)
+    mean = scores_N.sum() / jnp.maximum(rows, 1)
+    used = kept.valid * counts_N[kept.index]
     pairs |= {
-        "score_mean": (scores_N.sum(), count),
-        "score_kept_mean": ((scores_N[kept.index] * kept.valid).sum(), valid),
-        "score_std": (jnp.sqrt(((scores_N - mean) ** 2).sum() / count), one),
-        "score_min": (scores_N.min(), one),
-        "score_max": (scores_N.max(), one),
-        "score_zero": ((scores_N == 0).sum().astype(jnp.float32), count),
+        "score_mean": (scores_N.sum(), rows),
+        "score_kept_mean": ((scores_N[kept.index] * used).sum(), used.sum()),
+        "score_std": (jnp.sqrt((counts_N * (scores_N - mean) ** 2).sum() / jnp.maximum(rows, 1)), one),
+        "score_min": (scores_N.min(where=counts_N, initial=jnp.inf), one),
+        "score_max": (scores_N.max(where=counts_N, initial=-jnp.inf), one),
+        "score_zero": ((counts_N & (scores_N == 0)).sum().astype(jnp.float32), rows),
     }
     return pairs if threshold is None else pairs | {"score_threshold": (threshold, one)}

@@ -312,6 +312,8 @@ def _check_quotas(
 ) -> None:
     for d, quota in wanted.items():
         if quota > have.get(d, 0):
+            if len(names) == 1:
+                raise UserError(f"rows: {quota} are wanted and there are {have.get(d, 0)} to choose from; lower it")
             total = sum(shares.values())
             most = min(math.floor(have.get(d, 0) * total / share) for d, share in shares.items() if share)
             raise UserError(

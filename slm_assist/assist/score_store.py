@@ -34,7 +34,7 @@ COLUMNS = ("score", "loss", "top_k_share", "tokens", "domain")
 SAMPLE = "selection_sample.npz"
 # Entries of meta.json that must be equal for scores to belong together; the rest is for people.
 IDENTITY = ("vocabulary", "corpus", "rows", "seq_len", "score", "helpers", "dtype", "batch_rows", "span_rows")
-_OF_HELPER = ("step", "parameters", "config")  # entries of a helper that identify it, wherever its run lies
+_OF_HELPER = ("step", "parameters", "identity")  # entries of a helper that identify it, wherever its run lies
 _HEADER = struct.Struct("<qII")  # first row, number of rows, CRC-32 of these two and of the values
 _PART = re.compile(r"part-(\d+)-of-(\d+)\.scores")
 _SYNC_SECONDS = 10.0
@@ -118,7 +118,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     file = path / "meta.json"
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path}: not a directory of scores, it has no meta.json; `slm-assist score` makes one"
         ) from None
@@ -145,6 +145,17 @@ def _check_rows(path: Path, meta: Mapping[str, Any], rows: Rows) -> None:
                 f"{path}: the scores are of another {what} ({stored[:12]}, these rows have {given[:12]}); score these "
                 "rows, or use the data.* keys that the scores were made with"
             )
+
+
+def check_out(path: Path) -> None:
+    """Raises `UserError` where a directory holds other things than scores."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: a file; choose another --out")
+    strangers = sorted(entry.name for entry in path.iterdir() if entry.name[0] != ".") if path.is_dir() else []
+    if strangers and not (path / "meta.json").exists():
+        raise UserError(
+            f"{path}: holds {strangers[0]} and no meta.json, so it is no directory of scores; choose another --out"
+        )
 
 
 class Writer:
@@ -223,12 +234,7 @@ class Writer:
         file = self.path / "meta.json"
         self.path.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            strangers = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
-            if strangers and not file.exists():
-                raise UserError(
-                    f"{self.path}: holds {strangers[0]} and no meta.json, so it is no directory of scores; "
-                    "choose another --out"
-                )
+            check_out(self.path)
             temporary = self.path / f".meta-{secrets.token_hex(8)}.tmp"
             try:
                 with open(temporary, "w", encoding="utf-8") as out:

@@ -127,7 +127,7 @@ class Score:
 
     def __call__(self, stats: Mapping[str, TokenStats], mask: jax.Array) -> jax.Array:
         """float32 [B], from the statistics [B, T] of each of `roles` and the mask [B, T]; traceable."""
-        score = jnp.asarray(self.fn(stats, mask))
+        score = jnp.asarray(plugins.call("select.score", self.name, self.fn, stats, mask))
         if score.shape != mask.shape[:1]:
             wanted = f"return one number a row, shape {mask.shape[:1]}"
             raise UserError(f"select.score={self.name!r}: gave shape {score.shape}; {wanted}")

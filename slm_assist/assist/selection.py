@@ -51,7 +51,7 @@ def band(scores: np.ndarray, low: float, high: float) -> np.ndarray:
 def gumbel_top(scores: np.ndarray, m: int, tau: float, seed: int) -> np.ndarray:
     """A sample of `m` rows without replacement, weighted by exp(score / tau): ascending int64 indices [m].
 
-    tau -> 0 is `top`; a large tau is `random` with the same seed. Arguments and errors else as for `top`.
+    tau -> 0 is `top`; a large tau is like `random`, with noise of its own. Arguments and errors else as for `top`.
     """
     return top(perturbed(scores, tau, seed), m)
 
@@ -91,20 +91,9 @@ def by_domain(domains: np.ndarray) -> dict[int, np.ndarray]:
     return dict(zip(present.tolist(), np.split(order, np.cumsum(counts)[:-1]), strict=True))
 
 
-def undecided(scores: np.ndarray, m: int) -> int:
-    """How many rows of `top(scores, m)` tie with rows left out, so that only their place in the corpus chose them.
-
-    A weak scorer gives SALT's 0 to most rows: then this comes near m, and the selection means nothing.
-    """
-    scores, chosen = checked(scores), top(scores, m)
-    bar = scores[chosen].min()
-    inside = np.count_nonzero(scores[chosen] == bar)
-    return inside if np.count_nonzero(scores == bar) > inside else 0
-
-
-def uniform(n: int, seed: int) -> np.ndarray:
-    """float64 [n] in (0, 1), a function of (seed, index): the same bits on every machine."""
-    raw = np.random.Philox(key=int(seed) % 2**64).random_raw(n)
+def uniform(n: int, seed: int, stream: int = 0) -> np.ndarray:
+    """float64 [n] in (0, 1), a function of (seed, stream, index): the same bits on every machine."""
+    raw = np.random.Philox(key=(int(seed) % 2**64) + (stream << 64)).random_raw(n)
     return ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
@@ -115,7 +104,7 @@ def perturbed(scores: np.ndarray, tau: float, seed: int) -> np.ndarray:
     """
     if not 0 <= tau < math.inf:
         raise UserError(f"tau={tau}: the noise needs a scale of at least 0")
-    return checked(scores).astype(np.float64) - tau * np.log(-np.log(uniform(len(scores), seed)))
+    return checked(scores).astype(np.float64) - tau * np.log(-np.log(uniform(len(scores), seed, stream=1)))
 
 
 def checked(scores: np.ndarray) -> np.ndarray:
@@ -191,7 +180,7 @@ def keep_rows(
         "band": `keep` neighbours among the ascending scores, from place round((N - keep) * band) on.
         "gumbel": a sample without replacement, weighted by exp(score / noise); noise -> 0 is "top".
         "random": any, whatever their scores.
-        "threshold": the first `keep`, in the order of the pool, with a score of at least `threshold`.
+        "threshold": of those with a score of at least `threshold`, the `keep` highest.
         "package.module:function": fn(scores_N, keep, key) -> distinct indices, int [keep].
       key: a `jax.random.key`, for "gumbel", "random" and functions.
       threshold: from `running_threshold`.
@@ -216,7 +205,7 @@ def keep_rows(
         index = jax.random.permutation(key, n)[:keep]
     elif rule == "threshold":
         valid_N = scores >= threshold
-        index = jnp.argsort(~valid_N)[:keep]
+        index = jax.lax.top_k(jnp.where(valid_N, scores, -jnp.inf), keep)[1]
     elif plugins.is_plugin(rule):
         index = _plugin_index(rule, scores, keep, key)
     else:
@@ -227,7 +216,7 @@ def keep_rows(
 
 
 def _plugin_index(rule: str, scores_N: jax.Array, keep: int, key: jax.Array) -> jax.Array:
-    index = jnp.asarray(plugins.load("select.rule", rule)(scores_N, keep, key))
+    index = jnp.asarray(plugins.call("select.rule", rule, plugins.load("select.rule", rule), scores_N, keep, key))
     if index.shape != (keep,) or not jnp.issubdtype(index.dtype, jnp.integer):
         raise UserError(
             f"select.rule={rule!r}: gave {index.dtype} {index.shape}; return {keep} distinct indices of the candidates"

@@ -28,13 +28,17 @@ def prepare(make: Callable[..., Any], parts: int, arguments: Sequence[str] = ())
     except ImportError as error:
         raise UserError("preparing with Beam needs apache_beam: pip install apache-beam") from error
     if parts < 1:
-        raise UserError(f"--parts={parts}: use at least 1")
+        raise UserError(f"--beam={parts}: use at least 1 part")
 
     def make_part(i: int) -> int:
         make(part=(i, parts))
         return i
 
-    with beam.Pipeline(options=PipelineOptions(list(arguments))) as pipeline:
+    try:
+        pipeline = beam.Pipeline(options=PipelineOptions(list(arguments)))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--beam_options={' '.join(arguments)}: {str(error).splitlines()[0]}") from error
+    with pipeline:
         _ = (
             pipeline
             | "parts" >> beam.Create(range(parts))

@@ -95,6 +95,12 @@ def _pile(domains: Sequence[str]) -> dict[str, float]:
     return {domain: PILE[domain] for domain in domains}
 
 
+def check(spec: str) -> None:
+    """Raises `UserError` where data.domain_weights cannot be right for any corpus."""
+    if spec not in ("", "pile", "natural"):
+        _parse(spec)
+
+
 def _parse(spec: str) -> dict[str, float]:
     named: dict[str, float] = {}
     for item in filter(None, map(str.strip, spec.split(","))):
@@ -104,7 +110,10 @@ def _parse(spec: str) -> dict[str, float]:
         except ValueError:
             weight = -1.0
         if not equals or not domain or not 0 <= weight < float("inf"):
-            raise UserError(f"data.domain_weights: {item!r} is not DOMAIN=WEIGHT with a number of at least 0; mend it")
+            raise UserError(
+                f"data.domain_weights: {item!r} is not DOMAIN=WEIGHT with a number of at least 0"
+                f"{nearest(item, ('natural', 'pile'))}; mend it"
+            )
         if domain in named:
             raise UserError(f"data.domain_weights: {domain!r} has two weights; leave one out")
         named[domain] = weight

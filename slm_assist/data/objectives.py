@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm_assist import plugins
-from slm_assist.data.order import _mix
+from slm_assist.data.order import mix
 from slm_assist.errors import UserError, one_of
 
 NAMES = ("causal", "prefix", "span", "ul2")
@@ -129,7 +129,6 @@ def make(data: Any, vocabulary: Any) -> Objective:
     name = data.objective
     if plugins.is_plugin(name):
         return _custom(name)
-    one_of("data.objective", name, NAMES)
     check(data)
     if name == "causal":
         return Objective("causal", False, "causal", causal)
@@ -158,6 +157,10 @@ def make(data: Any, vocabulary: Any) -> Objective:
 
 def check(data: Any) -> None:
     """Raises `UserError` where the keys of `data` that objectives read are out of range."""
+    if plugins.is_plugin(data.objective):
+        plugins.load("data.objective", data.objective)
+        return
+    one_of("data.objective", data.objective, NAMES)
     shares = {key: getattr(data, key) for key in ("ul2_causal", "ul2_prefix", "ul2_span")}
     if data.objective == "ul2" and not (abs(sum(shares.values()) - 1) <= 1e-6 and min(shares.values()) >= 0):
         said = ", ".join(f"data.{key}={share:g}" for key, share in shares.items())
@@ -228,7 +231,7 @@ class _Corruption(NamedTuple):
 
 def _hash(key: np.ndarray, number: np.ndarray | int) -> np.ndarray:
     """uint64: a hash of a key and a number >= 0."""
-    return _mix(key + (np.atleast_1d(number).astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    return mix(key + (np.atleast_1d(number).astype(np.uint64) + np.uint64(1)) * _GOLDEN)
 
 
 def _below(hashed: np.ndarray, bound: np.ndarray) -> np.ndarray:

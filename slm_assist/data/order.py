@@ -9,7 +9,7 @@ _MASK = (1 << 64) - 1
 _ROUNDS = 6
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64: each output bit depends on every input bit. uint64 in, uint64 out."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -20,8 +20,8 @@ def _round_keys(*seeds: int) -> np.ndarray:
     """uint64 [_ROUNDS] keys that depend on every one of `seeds` and on their order."""
     key = np.zeros(1, np.uint64)
     for seed in seeds:
-        key = _mix(key + np.uint64((seed * _GOLDEN + _GOLDEN) & _MASK))
-    return _mix(key + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+        key = mix(key + np.uint64((seed * _GOLDEN + _GOLDEN) & _MASK))
+    return mix(key + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int = 0) -> np.ndarray:
@@ -48,9 +48,9 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int = 0) -> np.ndarray:
         left, right = out[outside] // np.uint64(b), out[outside] % np.uint64(b)
         for round_, key in enumerate(keys):
             if round_ % 2 == 0:
-                left = (left + _mix(right + key) % np.uint64(a)) % np.uint64(a)
+                left = (left + mix(right + key) % np.uint64(a)) % np.uint64(a)
             else:
-                right = (right + _mix(left + key) % np.uint64(b)) % np.uint64(b)
+                right = (right + mix(left + key) % np.uint64(b)) % np.uint64(b)
         out[outside] = left * np.uint64(b) + right
         outside = outside[out[outside] >= n]
     return out.astype(np.int64).reshape(np.shape(index))
@@ -63,9 +63,9 @@ def row_keys(seed: int, epochs: np.ndarray, row_ids: np.ndarray) -> np.ndarray:
       seed: any integer, taken modulo 2**64.
       epochs, row_ids: int64 [N].
     """
-    key = _mix(np.full(1, (int(seed) * _GOLDEN + _GOLDEN) & _MASK, np.uint64))
+    key = mix(np.full(1, (int(seed) * _GOLDEN + _GOLDEN) & _MASK, np.uint64))
     for value in (epochs, row_ids):
-        key = _mix(key + np.asarray(value, np.int64).astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(_GOLDEN))
+        key = mix(key + np.asarray(value, np.int64).astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(_GOLDEN))
     return key
 
 

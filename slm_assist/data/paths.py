@@ -55,7 +55,7 @@ def _find_here(pattern: str) -> tuple[list[Path], str]:
 
 
 def _find_remote(pattern: str) -> tuple[list[Path], str]:
-    path = _remote(pattern)
+    path = remote(pattern)
     if "**" in pattern:
         raise UserError(f"{pattern}: ** does not work in a bucket; name the folders, or use *")
     parts = pattern.split("/")
@@ -66,14 +66,14 @@ def _find_remote(pattern: str) -> tuple[list[Path], str]:
             return ([path] if path.exists() and not is_folder else []), (
                 f"use {pattern.rstrip('/')}/*" if is_folder else "check the path"
             )
-        found = _remote("/".join(parts[:fixed])).glob("/".join(parts[fixed:]))
+        found = remote("/".join(parts[:fixed])).glob("/".join(parts[fixed:]))
         return sorted((file for file in found if not file.is_dir()), key=str), "check the path"
     except Exception as error:  # each file system and its way of logging in has exceptions of its own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{pattern}: cannot be looked up ({reason}); check the path and your credentials") from error
 
 
-def _remote(name: str) -> Path:
+def remote(name: str) -> Path:
     """A path of etils.epath. It reads through TensorFlow where that is installed, which must leave the GPU alone."""
     try:
         from etils import epath

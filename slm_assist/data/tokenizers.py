@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from slm_assist.data.hugging_face import HuggingFaceModel
-from slm_assist.data.paths import _remote, is_remote
+from slm_assist.data.paths import is_remote, remote
 from slm_assist.data.sentencepiece_model import SentencePieceModel
 from slm_assist.data.vocabulary_training import SAMPLE_BYTES, train_model
 from slm_assist.errors import UserError
@@ -146,7 +146,7 @@ class Vocabulary:
 
 def _path(path: str | Path) -> Any:
     """A path here, or one of etils.epath where it leads off this machine (gs://)."""
-    return _remote(str(path)) if is_remote(path) else Path(path).expanduser()
+    return remote(str(path)) if is_remote(path) else Path(path).expanduser()
 
 
 def _file_in(directory: Any) -> Any:

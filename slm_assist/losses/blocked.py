@@ -34,6 +34,11 @@ from slm_assist.losses.tile import Formula, LogitForm, Tokens, one_tile
 BLOCK_BYTES_CPU, BLOCK_BYTES = 16 * 2**20, 512 * 2**20
 
 
+def default_block_bytes() -> int:
+    """What `block_bytes=None` stands for on this machine."""
+    return BLOCK_BYTES_CPU if jax.default_backend() == "cpu" else BLOCK_BYTES
+
+
 def cross_entropy(
     hidden_BxTxD: jax.Array,
     head_DxV: jax.Array,
@@ -176,7 +181,7 @@ def _prepare(plan: _Plan, student: _Model, frozen: _Frozen, weight: Weight | Non
         )
     models = 1 if frozen.teacher is None else 2
     if block_bytes is None:
-        block_bytes = BLOCK_BYTES_CPU if jax.default_backend() == "cpu" else BLOCK_BYTES
+        block_bytes = default_block_bytes()
     plan = dataclasses.replace(plan, tile=_tile_size(batch * length, 4 * vocab * models, block_bytes))
 
     frozen = frozen._replace(mask=jax.lax.stop_gradient(frozen.mask.astype(jnp.float32)))

@@ -165,6 +165,9 @@ def _ties(choice: Choice) -> str:
     """A warning where a score cannot tell rows apart: of equal scores, the row that comes first is taken."""
     if choice.scores is None or not len(choice.scores):
         return ""
+    bad = int(np.isnan(choice.scores).sum())
+    if bad:
+        return f"{choice.name}: {bad:,} of {len(choice.scores):,} rows have no number (NaN); `select` refuses them."
     values, counts = np.unique(choice.scores, return_counts=True)
     most = int(counts.argmax())
     share = counts[most] / len(choice.scores)

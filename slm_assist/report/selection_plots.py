@@ -10,7 +10,7 @@ from slm_assist.report.selection import Choice, Selection
 DOMAINS = 16  # of the most rows are drawn; the others together
 PANELS = 4  # choices beside each other
 COLUMNS = 40  # of a histogram with many rows
-SPARE = ("#000000", *SPARE_COLOURS, "#009E73")
+SPARE = tuple(dict.fromkeys(("#000000", *SPARE_COLOURS, "#009E73")))
 
 
 def pictures(selection: Selection, colours: dict[str, str] | None = None) -> dict[str, bytes]:
@@ -34,7 +34,7 @@ def _colours(choices: Sequence[Choice], given: dict[str, str]) -> dict[str, str]
     """A colour a choice, by name."""
     colours = {c.name: given[c.name] for c in choices if c.name in given}
     spare = [colour for colour in SPARE if colour not in given.values()]
-    rest = [c.name for c in choices if c.name not in given]
+    rest = [c.name for c in choices if c.name not in given and (c.kept_share or c.means)]
     return colours | {name: spare[i % len(spare)] for i, name in enumerate(rest)}
 
 
@@ -126,8 +126,8 @@ def _domains(choices: Sequence[Choice], colours: dict[str, str]):
         share = pairs[:, 1] / pairs[:, 0]
         heights = np.array(places) + (i - (len(choices) - 1) / 2) * shift
         plot.hlines(heights, *_interval(pairs), color=colour, lw=1.3, alpha=0.6)
-        marker = MARKERS.get(choice.kind, "X*<>"[i % 4])
-        plot.plot(share, heights, color=colour, marker=marker, ls="none", ms=6, label=choice.name[:30])
+        marker = MARKERS.get(choice.kind, "X*<>dhp8"[i % 8])
+        plot.plot(share, heights, color=colour, marker=marker, ls="none", ms=6, label=choice.name[:30], clip_on=False)
         plot.axvline(choice.kept_share, color=colour, lw=1, ls="--", zorder=1)
     plot.set_yticks(range(len(names)), [name[:28] for name in names])
     plot.set_ylim(len(names) - 0.4, -0.6)
