@@ -81,7 +81,7 @@ def test_readme_quickstart_commands(workplace, monkeypatch):
     commands = [c for c in COMMANDS if "quickstart" in c]
     assert commands[0] == "make quickstart"
     for number, command in enumerate(commands[1:]):
-        words = shlex.split(command)
+        words = shlex.split(command.replace("--seeds 3", "--seeds 2"))  # the same, but sooner
         arguments = shlex.split(words[2].removeprefix("ARGS=")) if words[0] == "make" else words[2:]
         options = [option for option in small_options() if "steps" not in option and "domain_field" not in option]
         shape = [option for option in options if not option.startswith(("--mesh", "--data.validation_fraction"))]

@@ -65,15 +65,13 @@ RESUMED += ["scorer leaves first", "teacher leaves first"]
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_killed_and_resumed_equals_straight(tmp, monkeypatch, name):
+def test_killed_and_resumed_equals_straight(tmp, name):
     if name == "ul2":
         tiny.run(tmp, "ul2_lm", checkpoint__keep_fraction=0.34, data__sentinels=8, data__objective="ul2")
     keys = keys_of(tmp, name) | ({"assist__teacher": str(tmp / "ul2_lm")} if name == "ul2" else {})
-    straight = tiny.run(tmp, name, **keys)
-    for step in (4, 7) if name in ("auto", "list") else (7,) if "first" in name else (4,):
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            interrupt_at(patch, step, kill)
-            tiny.run(tmp, f"{name}-{step}", **keys)
+    killed = (4, 7) if name in ("auto", "list") else (7,) if "first" in name else (4,)
+    straight = tiny.run(tmp, name, killed=killed, **keys)
+    for step in killed:
         tiny.assert_same_run(straight, tiny.run(tmp, f"{name}-{step}", **keys))
 
 

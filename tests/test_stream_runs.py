@@ -4,7 +4,6 @@ import json
 
 import pytest
 import tiny
-from test_train import Killed, interrupt_at, kill
 
 from slm_assist.data import seqio_tasks
 from slm_assist.errors import UserError
@@ -37,16 +36,12 @@ def pile(tmp, monkeypatch):
 
 
 @pytest.mark.parametrize("selecting", [True, False])
-def test_killed_and_resumed_equals_straight(tmp, monkeypatch, selecting):
+def test_killed_and_resumed_equals_straight(tmp, selecting):
     keys = STREAM | {"assist__teacher": str(tmp / "small_lm")}
     keys |= SALT_DS if selecting else {"assist__schedule": "constant"}
-    straight = tiny.run(tmp, f"straight-{selecting}", **keys)
+    straight = tiny.run(tmp, f"straight-{selecting}", killed=(4, 8), **keys)
     for step in (4, 8):
-        name = f"killed-{selecting}-{step}"
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            interrupt_at(patch, step, kill)
-            tiny.run(tmp, name, **keys)
-        resumed = tiny.run(tmp, name, **keys)
+        resumed = tiny.run(tmp, f"straight-{selecting}-{step}", **keys)
         tiny.assert_same_run(straight, resumed)
         kept = {int(path.name.split("-")[0]) for path in resumed.stream.iterdir()}
         assert kept >= {int(path.name) for path in resumed.checkpoints.iterdir()}
@@ -54,14 +49,11 @@ def test_killed_and_resumed_equals_straight(tmp, monkeypatch, selecting):
     assert len(set(rows)) == len(rows) == (40 if selecting else 0)
 
 
-def test_the_place_lost_is_read_again(tmp, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        interrupt_at(patch, 8, kill)
-        tiny.run(tmp, "lost", data__vocabulary=str(tmp / "small_lm"), **STREAM)
-    for file in (tmp / "lost" / "stream").iterdir():
+def test_the_place_lost_is_read_again(tmp):
+    straight = tiny.run(tmp, "lost", killed=(8,), data__vocabulary=str(tmp / "small_lm"), **STREAM)
+    for file in (tmp / "lost-8" / "stream").iterdir():
         file.unlink()
-    resumed = tiny.run(tmp, "lost", data__vocabulary=str(tmp / "small_lm"), **STREAM)
-    tiny.assert_same_run(tiny.run(tmp, "found", data__vocabulary=str(tmp / "small_lm"), **STREAM), resumed)
+    tiny.assert_same_run(straight, tiny.run(tmp, "lost-8", data__vocabulary=str(tmp / "small_lm"), **STREAM))
 
 
 def test_a_task_as_prepared_rows(tmp):

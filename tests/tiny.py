@@ -1,15 +1,21 @@
 """A corpus and a config small enough to train in seconds, shared by the tests of the loop."""
 
+import contextlib
 import json
+import shutil
 import sysconfig
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from slm_assist import config as config_lib
+from slm_assist.data.loader import Prefetcher
 from slm_assist.run_dir import RunDir
 from slm_assist.train import train
 
@@ -59,10 +65,29 @@ def overrides(tmp: Path, **more: Any) -> dict[str, Any]:
     return KEYS | places | {key.replace("__", "."): value for key, value in more.items()}
 
 
-def run(tmp: Path, name: str, *, messages: list[str] | None = None, **more: Any) -> RunDir:
-    """Trains `name` under `tmp`, or goes on with it; `more` as for `overrides`."""
+def run(
+    tmp: Path, name: str, *, messages: list[str] | None = None, killed: Sequence[int] = (), **more: Any
+) -> RunDir:
+    """Trains `name` under `tmp`, or goes on with it; `more` as for `overrides`, `killed` as for `as_if_killed`."""
     config, _ = config_lib.resolve("", overrides(tmp, **more))
-    return train(config, str(tmp / name), say=(messages if messages is not None else []).append)
+    with as_if_killed(tmp / name, killed):
+        return train(config, str(tmp / name), say=(messages if messages is not None else []).append)
+
+
+@contextlib.contextmanager
+def as_if_killed(directory: Path, steps: Sequence[int]) -> Iterator[None]:
+    """Leaves `directory-STEP` as a kill would, when the loop asks for the batch of each of `steps`; and goes on."""
+    batch_at = Prefetcher.batch_at
+
+    def copying(self, n):
+        if n in steps:
+            while any("tmp" in path.name for path in (directory / "checkpoints").iterdir()):
+                time.sleep(0.01)  # what is renamed meanwhile cannot be copied
+            shutil.copytree(directory, f"{directory}-{n}")
+        return batch_at(self, n)
+
+    with mock.patch.object(Prefetcher, "batch_at", copying):
+        yield
 
 
 def records(run_dir: RunDir) -> list[dict[str, Any]]:

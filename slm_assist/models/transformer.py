@@ -325,19 +325,25 @@ class Transformer:
 
     def shapes(self) -> Params:
         """`init` as a tree of shapes; allocates nothing."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return nn.meta.unbox(_boxed_shapes(self.config))
 
     def logical_axes(self) -> Params:
         """A tree like the parameters with the tuple of dimension names of each (`sharding.RULES`)."""
-        boxed = jax.eval_shape(self._boxed, jax.random.key(0))
 
         def is_box(x):
             return isinstance(x, nn.meta.AxisMetadata)
 
-        return jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
+        return jax.tree.map(lambda box: box.names, _boxed_shapes(self.config), is_leaf=is_box)
 
     def num_params(self) -> int:
         return sum(x.size for x in jax.tree.leaves(self.shapes()))
+
+
+@functools.lru_cache
+def _boxed_shapes(config: ModelConfig) -> Any:
+    """Shapes and dimension names of the parameters; a run asks for them many times, and tracing takes a while."""
+    model = Transformer(config)
+    return jax.eval_shape(model._boxed, jax.random.key(0))
 
 
 def unstack(params: Params, config: ModelConfig) -> Params:
