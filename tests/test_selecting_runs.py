@@ -72,7 +72,7 @@ def test_killed_and_resumed_equals_straight(tmp, name):
     killed = (4, 7) if name in ("auto", "list") else (7,) if "first" in name else (4,)
     straight = tiny.run(tmp, name, killed=killed, **keys)
     for step in killed:
-        tiny.assert_same_run(straight, tiny.run(tmp, f"{name}-{step}", **keys))
+        tiny.assert_same_run(straight, tiny.run(tmp, f"{name}-killed-{step}", **keys))
 
 
 def train_lines(run: RunDir) -> list[dict]:

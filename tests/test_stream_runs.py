@@ -41,7 +41,7 @@ def test_killed_and_resumed_equals_straight(tmp, selecting):
     keys |= SALT_DS if selecting else {"assist__schedule": "constant"}
     straight = tiny.run(tmp, f"straight-{selecting}", killed=(4, 8), **keys)
     for step in (4, 8):
-        resumed = tiny.run(tmp, f"straight-{selecting}-{step}", **keys)
+        resumed = tiny.run(tmp, f"straight-{selecting}-killed-{step}", **keys)
         tiny.assert_same_run(straight, resumed)
         kept = {int(path.name.split("-")[0]) for path in resumed.stream.iterdir()}
         assert kept >= {int(path.name) for path in resumed.checkpoints.iterdir()}
@@ -51,9 +51,9 @@ def test_killed_and_resumed_equals_straight(tmp, selecting):
 
 def test_the_place_lost_is_read_again(tmp):
     straight = tiny.run(tmp, "lost", killed=(8,), data__vocabulary=str(tmp / "small_lm"), **STREAM)
-    for file in (tmp / "lost-8" / "stream").iterdir():
+    for file in (tmp / "lost-killed-8" / "stream").iterdir():
         file.unlink()
-    tiny.assert_same_run(straight, tiny.run(tmp, "lost-8", data__vocabulary=str(tmp / "small_lm"), **STREAM))
+    tiny.assert_same_run(straight, tiny.run(tmp, "lost-killed-8", data__vocabulary=str(tmp / "small_lm"), **STREAM))
 
 
 def test_a_task_as_prepared_rows(tmp):

@@ -57,7 +57,7 @@ def kill():
 
 @pytest.mark.parametrize("step", [2, 3, 5, 6, 7, 11])
 def test_killed_and_resumed_equals_straight(tmp, salt, monkeypatch, step):
-    name, teacher = f"salt-{step}", str(tmp / "small_lm")
+    name, teacher = f"salt-killed-{step}", str(tmp / "small_lm")
     if step in (2, 6):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             interrupt_at(patch, step, kill)

@@ -65,9 +65,7 @@ def overrides(tmp: Path, **more: Any) -> dict[str, Any]:
     return KEYS | places | {key.replace("__", "."): value for key, value in more.items()}
 
 
-def run(
-    tmp: Path, name: str, *, messages: list[str] | None = None, killed: Sequence[int] = (), **more: Any
-) -> RunDir:
+def run(tmp: Path, name: str, *, messages: list[str] | None = None, killed: Sequence[int] = (), **more: Any) -> RunDir:
     """Trains `name` under `tmp`, or goes on with it; `more` as for `overrides`, `killed` as for `as_if_killed`."""
     config, _ = config_lib.resolve("", overrides(tmp, **more))
     with as_if_killed(tmp / name, killed):
@@ -76,14 +74,14 @@ def run(
 
 @contextlib.contextmanager
 def as_if_killed(directory: Path, steps: Sequence[int]) -> Iterator[None]:
-    """Leaves `directory-STEP` as a kill would, when the loop asks for the batch of each of `steps`; and goes on."""
+    """Leaves `directory-killed-STEP` as a kill would, when the loop asks for the batch of each of `steps`; and goes on."""
     batch_at = Prefetcher.batch_at
 
     def copying(self, n):
         if n in steps:
             while any("tmp" in path.name for path in (directory / "checkpoints").iterdir()):
                 time.sleep(0.01)  # what is renamed meanwhile cannot be copied
-            shutil.copytree(directory, f"{directory}-{n}")
+            shutil.copytree(directory, f"{directory}-killed-{n}")
         return batch_at(self, n)
 
     with mock.patch.object(Prefetcher, "batch_at", copying):
