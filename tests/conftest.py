@@ -8,6 +8,9 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# XLA runs independent collectives of a virtual device side by side, each in a thread of one pool, and that has a thread
+# for each device: where all wait for devices that have none left, the process ends.
+os.environ.setdefault("NPROC", "64")
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     # Most of the tests' time is compiling; LLVM's optimisations are a third of that and nothing here runs for long.
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"

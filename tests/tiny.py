@@ -38,7 +38,7 @@ KEYS = {
     "steps": 12,
     "batch_rows": 8,
     "model.size": "laptop-small",
-    "model.num_layers": 2,
+    "model.num_layers": 1,
     "model.d_model": 32,
     "model.d_ff": 64,
     "model.num_heads": 2,
@@ -74,7 +74,7 @@ def run(tmp: Path, name: str, *, messages: list[str] | None = None, killed: Sequ
 
 @contextlib.contextmanager
 def as_if_killed(directory: Path, steps: Sequence[int]) -> Iterator[None]:
-    """Leaves `directory-killed-STEP` as a kill would, when the loop asks for the batch of each of `steps`; and goes on."""
+    """Goes on, but leaves `directory-killed-STEP` as a kill would, where the loop asks for the batch of a STEP."""
     batch_at = Prefetcher.batch_at
 
     def copying(self, n):
