@@ -215,7 +215,7 @@ def test_tensorboard_has_the_same_numbers(tmp):
 def test_resume_with_other_settings_names_the_keys(tmp, salt):
     with pytest.raises(UserError, match=r"optimizer.peak_learning_rate: 0.002 -> 0.1.*--fresh"):
         tiny.run(tmp, "salt", assist__teacher=str(tmp / "small_lm"), optimizer__peak_learning_rate=0.1, **SALT)
-    with pytest.raises(UserError, match=r"model.num_layers: 2 -> 4"):
+    with pytest.raises(UserError, match=r"model.num_layers: 1 -> 4"):
         tiny.run(tmp, "salt", assist__teacher=str(tmp / "small_lm"), model__num_layers=4, **SALT)
 
 
