@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from slm_assist.distributed import Group
 from slm_assist.errors import UserError
 from slm_assist.state import TrainState
 
@@ -26,9 +27,9 @@ for _name in ("absl", "asyncio"):
 class Checkpoints:
     """The checkpoints of one run, in `directory`; use as a context manager."""
 
-    def __init__(self, directory: Path, *, keep_last: int = 2, keep: tuple[int, ...] = ()):
+    def __init__(self, directory: Path, *, keep_last: int = 2, keep: tuple[int, ...] = (), group: Group | None = None):
         policies = checkpoint_managers
-        self.directory = directory
+        self.directory, self._group = directory, group
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -45,7 +46,8 @@ class Checkpoints:
     def __exit__(self, kind, value, traceback) -> None:
         if kind is None:
             self.wait()
-        self._manager.close()
+        if self._group is None or not self._group.failed:  # closing waits for the other processes
+            self._manager.close()
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -54,7 +56,7 @@ class Checkpoints:
         """Starts saving; the arrays are copied before this returns, so the state may be donated."""
         self._guard(
             lambda: self._manager.save(
-                int(state.step),
+                int(jax.device_get(state.step)),
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
                     optimizer=ocp.args.StandardSave(state.opt_state),
@@ -99,7 +101,7 @@ class Checkpoints:
             ),
         )
         state = TrainState(
-            step=jax.device_put(jnp.int32(step), like.step.sharding),
+            step=jax.make_array_from_callback((), like.step.sharding, lambda _: np.int32(step)),
             params=restored.params,
             opt_state=restored.optimizer,
             assist=restored.assist,
@@ -109,25 +111,32 @@ class Checkpoints:
     def restore_newest(self, like: TrainState, say: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that can be restored; those that cannot are named and removed."""
         steps = self.steps()
-        broken: dict[int, Exception] = {}
+        broken: dict[int, str] = {}
         while steps:
             step = steps.pop()
             try:
-                result = self.restore(step, like)
+                result, reason = self.restore(step, like), ""
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-                broken[step] = error
+                result, reason = None, str(error).splitlines()[0][:200] or type(error).__name__
+            if reason := self._anywhere(reason):
+                broken[step] = reason
                 continue
             for bad in broken:
                 say(f"checkpoint {bad} cannot be restored and is removed; going on from checkpoint {step}")
                 self._manager.delete(bad)
             return result
         if broken:
-            first = str(next(iter(broken.values()))).splitlines()[0][:200]
             raise UserError(
-                f"{self.directory}: none of the checkpoints {sorted(broken)} can be restored ({first}); start over "
-                "beside it with --fresh"
+                f"{self.directory}: none of the checkpoints {sorted(broken)} can be restored "
+                f"({next(iter(broken.values()))}); start over beside it with --fresh"
             )
         return None
+
+    def _anywhere(self, reason: str) -> str:
+        """The first reason that a process has, for all: each reads other files, and all go on from one checkpoint."""
+        if self._group is None:
+            return reason
+        return self._group.agreed("restored", reason, lambda reasons: next(filter(None, reasons), ""))
 
 
 def whole_steps(directory: Path) -> list[int]:

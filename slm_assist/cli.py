@@ -31,13 +31,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options, parse_overrides(rest))
     except UserError as error:
         print(f"slm-assist: error: {error}", file=sys.stderr)
-        return 2
+        return _leave(2)
     except BrokenPipeError:  # who read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt as interrupt:
         print("slm-assist: stopped; the same command goes on, or starts again", file=sys.stderr)
-        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+        return _leave(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
+
+
+def _leave(status: int) -> int:
+    """The exit status; of several processes that failed together each ends here, as JAX would wait for the others."""
+    if "slm_assist.distributed" in sys.modules:
+        sys.modules["slm_assist.distributed"].leave(status)
+    return status
+
+
+def _join(options: argparse.Namespace) -> None:
+    """Finds the other processes of this job, if there are any, before anything uses a device."""
+    from slm_assist import distributed
+
+    distributed.start(options.coordinator, options.processes, options.process)
+    signal.signal(signal.SIGTERM, _terminate)  # JAX has put its own in its place
 
 
 def _terminate(number: int, _) -> None:
@@ -81,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("experiment", nargs="?", default="", help="a file of overrides (see experiments/)")
     train.add_argument("--run_dir", help="where the run lives; the same command again goes on with it")
+    _add_processes(train)
     train.add_argument("--fresh", action="store_true", help="start over, beside run_dir where that exists")
     train.add_argument("--print_config", action="store_true", help="show every key and who set it, and stop")
 
@@ -106,8 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("experiment", nargs="?", default="", help="a file of overrides (see experiments/)")
     score.add_argument("--out", required=True, help="directory of the scores; the same command again goes on with it")
     score.add_argument("--part", help="I/N: this process is I of N that share the work")
+    _add_processes(score)
     _add_select(command)
 
+    _add_plan(command)
     report = command(
         "report",
         _report,
@@ -122,6 +140,28 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--scores", default="", help="directories of scores to show, separated by commas")
     report.add_argument("--lists", default="", help="lists of rows to compare, separated by commas")
     return parser
+
+
+def _add_processes(command: argparse.ArgumentParser) -> None:
+    """For runs of several processes; Slurm, TPU pods and GKE say the same by themselves."""
+    command.add_argument("--coordinator", default="", help="HOST:PORT of process 0, where several processes run as one")
+    command.add_argument("--processes", type=_number(int), default=0, help="how many processes there are")
+    command.add_argument("--process", type=_number(int), default=-1, help="which of them this one is, from 0")
+
+
+def _add_plan(command: Callable[..., argparse.ArgumentParser]) -> None:
+    plan = command(
+        "plan",
+        _plan,
+        "say what a run needs, costs and takes, before any machine is rented",
+        "slm-assist plan experiments/scale/salt_2.8b.py --devices v5p:128",
+    )
+    plan.add_argument("experiment", nargs="?", default="", help="a file of overrides (see experiments/)")
+    plan.add_argument("--devices", required=True, help="KIND:N, as v5e:256 or h100:64; of TPUs also v5p:4x4x8")
+    plan.add_argument("--teacher_size", default="", help="named size of the small LM, where its run is not there yet")
+    plan.add_argument("--utilisation", type=_number(float), default=0.0, help="assumed share of the peak FLOP/s")
+    plan.add_argument("--estimate", action="store_true", help="memory by arithmetic, even where XLA could compile")
+    plan.add_argument("--json", default="", help="write everything to this file")
 
 
 def _add_select(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -184,6 +224,7 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         return 0
     if not options.run_dir:
         raise UserError("where shall the run live? give --run_dir=DIRECTORY")
+    _join(options)
     from slm_assist.train import Stopped, train
 
     try:
@@ -215,18 +256,22 @@ def _prepare(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def _score(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from slm_assist import config
+    from slm_assist import config, distributed
     from slm_assist.scoring import Stopped, score
 
     part = parse_part(options.part)
     # The experiment may be one that reads the list to come.
     scoring = {"select.rows": "online", "select.list": "", "select.rule": "top"}
     resolved, _ = config.resolve(options.experiment, scoring | overrides)
+    if part is None:
+        _join(options)
     try:
-        print(score(resolved, options.out, part=part))
+        with distributed.together() as group:
+            print(score(resolved, options.out, part=part))
+            group.wait("scored")  # JAX gives up on processes that end much later than others
     except Stopped as stop:
         print(f"slm-assist: {stop}", file=sys.stderr)
-        return 128 + stop.signal
+        return _leave(128 + stop.signal)
     return 0
 
 
@@ -239,6 +284,22 @@ def _select(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     names = ("rule", "rows", "ratio", "low", "high", "tau", "seed")
     chosen = {name: getattr(options, name) for name in names}
     print(select(options.scores, options.out, quotas=parse_quotas(options.quotas), **chosen).path)
+    return 0
+
+
+def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it says what others need, and takes none of this machine's
+    from slm_assist import plan
+
+    plan.run(
+        options.experiment,
+        overrides,
+        options.devices,
+        helper_size=options.teacher_size,
+        utilisation=options.utilisation,
+        compiling=not options.estimate,
+        json_file=options.json,
+    )
     return 0
 
 

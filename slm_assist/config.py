@@ -61,7 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.order_seed = -1  # the order of the rows; -1: seed
 
     c.optimizer = ml_collections.ConfigDict()
-    c.optimizer.name = "adamw"  # adamw | adafactor
+    c.optimizer.name = "adamw"  # adamw | adafactor | muon (matrices by Muon, the rest by AdamW)
     c.optimizer.peak_learning_rate = 2e-3  # at the end of the warm-up
     c.optimizer.schedule = "cosine"  # cosine | wsd (warmup, stable, decay) | constant
     c.optimizer.warmup_steps = 50  # updates of linear rise
@@ -71,11 +71,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.b1 = 0.9  # adamw
     c.optimizer.b2 = 0.95  # adamw
     c.optimizer.eps = 1e-8  # adamw
+    c.optimizer.muon_momentum = 0.95  # muon: of the matrices, with Nesterov's look ahead
+    c.optimizer.muon_steps = 5  # muon: Newton-Schulz iterations
     c.optimizer.clip_norm = 1.0  # of the global gradient norm; 0: no clipping
 
     c.loss = ml_collections.ConfigDict()
     c.loss.z_loss = 0.0  # weight of logsumexp(logits)^2
-    c.loss.block_bytes = 0  # largest float32 block of logits; 0: 16 MiB on CPUs, 512 MiB elsewhere  [resume]
+    c.loss.block_bytes = 0  # largest block of logits; 0: 16 MiB on CPUs, 512 MiB or 512 tokens elsewhere  [resume]
 
     c.assist = ml_collections.ConfigDict()
     c.assist.schedule = "none"  # none (BASELINE) | constant (RKD) | step (SALT) | linear | ratio | auto
@@ -117,9 +119,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh.data = -1  # splits rows; -1: the devices that are left  [resume: mesh.*]
     c.mesh.fsdp = 1  # splits rows and parameters
     c.mesh.tensor = 1  # splits heads, MLP and vocabulary
+    c.mesh.helpers = "auto"  # small LMs' parameters: replicated | fsdp (split over every device) | auto
+    c.mesh.helper_replicate_bytes = 4 * 2**30  # auto: replicated up to this size of each, split above
 
     c.compute = ml_collections.ConfigDict()
     c.compute.dtype = "auto"  # auto (bfloat16 where the device has it natively) | float32 | bfloat16
+    c.compute.attention = "auto"  # auto | xla | cudnn (GPUs) | splash (TPUs); auto: the fastest that is exact  [resume]
+    c.compute.cache_dir = "~/.cache/slm_assist/compiled"  # compiled steps, for the next start; empty: none  [resume]
     c.compute.remat = "none"  # none | dots (keep matmul results) | full  [resume]
     c.compute.deterministic = False  # GPUs: only kernels that give the same bits each time  [resume]
 
@@ -136,6 +142,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.log = ml_collections.ConfigDict()
     c.log.tensorboard = True  # [resume: log.*]
+    c.log.profile = ()  # first and last update to trace for a profiler, as 100,103: written to RUN/profile
     c.log.progress = True  # a bar with loss, speed, stage and time left
     return c
 
@@ -147,6 +154,8 @@ MAY_CHANGE_ON_RESUME = (
     "loss.block_bytes",
     "compute.remat",
     "compute.deterministic",
+    "compute.attention",
+    "compute.cache_dir",
     "mesh.",
     "checkpoint.",
     "log.",

@@ -28,13 +28,14 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"batch_rows={config.batch_rows} is not divisible by microbatches={config.microbatches}; change one"
         )
-    one_of("optimizer.name", config.optimizer.name, ("adamw", "adafactor"))
+    one_of("optimizer.name", config.optimizer.name, ("adamw", "adafactor", "muon"))
     one_of("optimizer.schedule", config.optimizer.schedule, ("cosine", "wsd", "constant"))
     if not plugins.is_plugin(config.assist.schedule):
         one_of("assist.schedule", config.assist.schedule, schedule.KINDS)
     one_of("model.scan_layers", config.model.scan_layers, ("auto", "true", "false"))
     one_of("compute.dtype", config.compute.dtype, ("auto", "float32", "bfloat16"))
     one_of("compute.remat", config.compute.remat, ("none", "dots", "full"))
+    one_of("mesh.helpers", config.mesh.helpers, ("auto", "replicated", "fsdp"))
     if config.optimizer.warmup_steps >= config.steps:
         raise UserError(
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} leaves nothing of steps={config.steps}; lower it"
@@ -48,7 +49,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 POSITIVE = ("steps", "batch_rows", "microbatches", "data.seq_len", "checkpoint.keep_last", "select.k",
-            "select.pool_factor", "assist.window")  # fmt: skip
+            "select.pool_factor", "assist.window", "optimizer.muon_steps")  # fmt: skip
 LEAST = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(
     ("data.order_seed", "data.sentinels", "assist.teacher_step", "mesh.data", "mesh.fsdp", "mesh.tensor"), -1
 ) | {"select.scorer_step": -2, "select.reference_step": -2}  # fmt: skip
@@ -66,7 +67,7 @@ def _check_ranges(flat: Mapping[str, Any]) -> None:
     for key in ("seed", "data.order_seed"):
         if flat[key] >= 2**31:
             raise UserError(f"{key}={flat[key]}: must be below 2^31")
-    for key in ("optimizer.b1", "optimizer.b2"):
+    for key in ("optimizer.b1", "optimizer.b2", "optimizer.muon_momentum"):
         if flat[key] >= 1:
             raise UserError(f"{key}={flat[key]}: must be below 1")
     if not flat["optimizer.peak_learning_rate"] > 0:

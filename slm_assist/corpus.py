@@ -1,11 +1,11 @@
 """The text that a config names: its vocabulary, its rows or stream, and what is asked of them."""
 
 import dataclasses
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import ml_collections
 
 from slm_assist import roles
@@ -13,9 +13,11 @@ from slm_assist.assist import helpers as helpers_lib
 from slm_assist.data import objectives
 from slm_assist.data import rows as rows_lib
 from slm_assist.data.objectives import Objective
+from slm_assist.data.paths import cache_path
 from slm_assist.data.rows import Prepared
 from slm_assist.data.sources import Source, open_source
 from slm_assist.data.tokenizers import Vocabulary
+from slm_assist.distributed import Group
 from slm_assist.errors import UserError
 from slm_assist.run_dir import RunDir
 
@@ -26,12 +28,23 @@ Say = Callable[[str], None]
 
 
 def prepare(
-    config: ml_collections.ConfigDict, run: RunDir | None = None, *, say: Say, part: tuple[int, int] | None = None
+    config: ml_collections.ConfigDict,
+    run: RunDir | None = None,
+    *,
+    say: Say,
+    part: tuple[int, int] | None = None,
+    group: Group | None = None,
+    reader: tuple[int, int] = (0, 1),
 ) -> Prepared | None:
     """The rows, from the cache or made now, with the run's, the config's, a helper's or a new vocabulary.
 
     With `part` (i, n), makes that part only, and returns None where others are missing. With data.stream, `train` is
     the stream, and only the rows to validate on are prepared.
+
+    Args:
+      group: the processes that prepare the same; of those that see the same data.cache_dir one prepares, and the
+        others wait for it.
+      reader: which of how many shares of a stream this process reads.
 
     Raises:
       UserError: whatever in the sources, the vocabulary or the cache does not fit.
@@ -41,11 +54,12 @@ def prepare(
     if data.stream:
         if part:
             raise UserError("--part with data.stream=true: a stream is not prepared; set data.stream=false")
-        return _streamed(config, _open_stream(config, vocabulary, say), say)
+        stream = _open_stream(config, vocabulary, reader, say)
+        return _in_turn(config, group, say, lambda: _streamed(config, stream, say))
     source = _open(config, data.source, vocabulary)
     if vocabulary is None:
         vocabulary = getattr(source, "vocabulary", None)  # a seqio Task brings its own
-    prepared = _rows(config, source, vocabulary, part, say)
+    prepared = _in_turn(config, group, say, lambda: _rows(config, source, vocabulary, part, say))
     if prepared is None:
         return None
     if vocabulary is None or not len(vocabulary.sentinel_ids):
@@ -56,6 +70,30 @@ def prepare(
         f"validate on; {vocabulary.size} pieces; in {prepared.path}"
     )
     return dataclasses.replace(prepared, vocabulary=vocabulary)
+
+
+def _in_turn(
+    config: ml_collections.ConfigDict, group: Group | None, say: Say, make: Callable[[], Prepared | None]
+) -> Prepared | None:
+    """`make()` on every process; on each disk the lowest of the processes that see it goes first."""
+    if group is None or group.count == 1:
+        return make()
+    place = cache_path(config.data.cache_dir)
+    place.mkdir(parents=True, exist_ok=True)
+    token = group.first("disk", lambda: secrets.token_hex(8))
+    mark = place / f".process-{token}-{group.index}"
+    mark.touch()
+    try:
+        group.wait("marked")
+        seen = [int(file.name.rsplit("-", 1)[1]) for file in place.glob(f".process-{token}-*")]
+        leader = min(seen)  # a mark that comes late, over a network, costs doubled work and no more
+        leaders = group.agreed("leaders", leader, lambda everyone: sorted(set(everyone)))
+    finally:
+        mark.unlink(missing_ok=True)
+    names = ", ".join(map(str, leaders))
+    verb = "looks for the rows first, or makes them" if len(leaders) == 1 else "look first, each for its disk"
+    say(f"process {names} of {group.count} {verb}; the others wait")
+    return group.by(leader, "prepared", make)
 
 
 def _open(config: ml_collections.ConfigDict, spec: str, vocabulary: Vocabulary | None) -> Source:
@@ -100,7 +138,9 @@ def prepare_as_told(config: dict[str, Any], part: tuple[int, int] | None = None)
     prepare(quiet, say=lambda line: None, part=part)
 
 
-def _open_stream(config: ml_collections.ConfigDict, vocabulary: Vocabulary | None, say: Say) -> "Stream":
+def _open_stream(
+    config: ml_collections.ConfigDict, vocabulary: Vocabulary | None, reader: tuple[int, int], say: Say
+) -> "Stream":
     from slm_assist.data.stream import Stream
 
     data, pool = config.data, config.select.pool_factor if config.select.rows == "online" else 1
@@ -109,8 +149,8 @@ def _open_stream(config: ml_collections.ConfigDict, vocabulary: Vocabulary | Non
         data.seq_len,
         config.batch_rows,
         seed=config.seed if data.order_seed < 0 else data.order_seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=reader[0],
+        process_count=reader[1],
         behind=4 * pool,
         vocabulary=vocabulary,
         say=say,

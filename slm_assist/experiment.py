@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from slm_assist import config as config_lib
 from slm_assist import config_rules, corpus, optim, roles, sharding
@@ -21,11 +22,12 @@ from slm_assist.assist.stages import Stage, stages
 from slm_assist.data import mixture, objectives
 from slm_assist.data import rows as rows_lib
 from slm_assist.data.objectives import Objective
+from slm_assist.distributed import Group
 from slm_assist.errors import UserError
 from slm_assist.evals.perplexity import Perplexity
 from slm_assist.losses import blocked
 from slm_assist.losses.common import check_top_k
-from slm_assist.models import ModelConfig, Transformer
+from slm_assist.models import ModelConfig, Transformer, attention
 from slm_assist.models.sizes import named
 from slm_assist.run_dir import RunDir
 from slm_assist.state import TrainState
@@ -72,7 +74,8 @@ class Experiment:
     def switched(self, state: TrainState, step: int) -> TrainState:
         """The state once `auto` has ended stage 1 at `step`."""
         old = state.assist["stage1_steps"]
-        return state._replace(assist=state.assist | {"stage1_steps": jax.device_put(jnp.int32(step), old.sharding)})
+        decided = feed_lib.put_whole(np.int32(step), old.sharding)
+        return state._replace(assist=state.assist | {"stage1_steps": decided})
 
     def auto_options(self) -> dict[str, Any]:
         """What `auto` decides by."""
@@ -96,7 +99,9 @@ class Experiment:
         model, select = helpers["teacher"].model, self.config.select
         row = self.config.data.seq_len * model.config.d_model * jnp.dtype(model.dtype).itemsize
         rows = self.config.batch_rows * (1 + select.pool_factor / sharding.batch_shards(self.mesh))
-        return rows * row <= (self.student.block_bytes or blocked.default_block_bytes())
+        return rows * row <= (
+            self.student.block_bytes or blocked.default_block_bytes(4 * self.prepared.vocabulary.size)
+        )
 
     def step_flops(self, helpers: dict[str, helpers_lib.Helper], stage: Stage) -> dict[str, float]:
         """`roles.step_flops` of this experiment."""
@@ -113,8 +118,11 @@ class Experiment:
         return tuple({stage.name: stage for plan in plans for stage in plan if stage.stop > first}.values())
 
 
-def build(config: ml_collections.ConfigDict, run: RunDir, say: Say) -> Experiment:
+def build(config: ml_collections.ConfigDict, run: RunDir, say: Say, group: Group | None = None) -> Experiment:
     """Opens or prepares the data and builds model, optimizer and schedules.
+
+    Args:
+      group: the run's processes, where they are several.
 
     Raises:
       UserError: whatever in the config, its sources or its devices does not fit.
@@ -122,9 +130,11 @@ def build(config: ml_collections.ConfigDict, run: RunDir, say: Say) -> Experimen
     mesh = make_mesh(config)
     dtype = compute_dtype(config.compute.dtype, mesh.devices.flat[0])
     _check_before_data(config, run)
-    prepared = corpus.prepare(config, run, say=say)
+    prepared = corpus.prepare(config, run, say=say, group=group, reader=feed_lib.reader(mesh, config.batch_rows))
     vocabulary = prepared.vocabulary
-    model = Transformer(model_config(config, vocabulary.size), dtype=dtype, remat=config.compute.remat)
+    shape = model_config(config, vocabulary.size)
+    backend = attention.choose(config.compute.attention, mesh.devices.flat[0], shape, config.data.seq_len, dtype)
+    model = Transformer(shape, dtype=dtype, remat=config.compute.remat, attention=backend)
     check_top_k(config.assist.top_k, vocabulary.size)
     validation = Perplexity(
         prepared.validation,
@@ -141,7 +151,7 @@ def build(config: ml_collections.ConfigDict, run: RunDir, say: Say) -> Experimen
         schedule=make_schedule(config),
         score=roles.score_of(config, vocabulary.size),
         objective=objective,
-        data=feed_lib.Data(config, prepared.train, objective),
+        data=feed_lib.Data(config, prepared.train, objective, mesh),
         validation=validation,
     )
 
@@ -184,13 +194,23 @@ def _check_before_data(config: ml_collections.ConfigDict, run: RunDir) -> None:
 def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
     """The config's mesh, with the batch checked against it."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if jax.process_count() > 1 and mesh.size != jax.device_count():
+        raise UserError(
+            f"the mesh has {mesh.size} devices and the {jax.process_count()} processes have {jax.device_count()}: use "
+            "them all, with mesh.data=-1"
+        )
+    check_batch(config, mesh)
+    return mesh
+
+
+def check_batch(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> None:
+    """Raises `UserError` where the mesh does not divide the batch."""
     shards = sharding.batch_shards(mesh)
     if (config.batch_rows // config.microbatches) % shards:
         raise UserError(
             f"batch_rows={config.batch_rows} in {config.microbatches} microbatches is not divisible by the {shards} "
             f"parts of the mesh's data and fsdp axes; use a multiple of {shards * config.microbatches}"
         )
-    return mesh
 
 
 def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelConfig:
@@ -230,6 +250,8 @@ def make_student(config: ml_collections.ConfigDict, model: Transformer) -> Stude
         b2=c.b2,
         eps=c.eps,
         clip_norm=c.clip_norm,
+        muon_momentum=c.muon_momentum,
+        muon_steps=c.muon_steps,
         axes=model.logical_axes(),
     )
     return Student(
@@ -251,17 +273,29 @@ def find_helpers(
       chosen: the steps that the run began with.
       needed: the roles that it still needs, by default all.
     """
-    return {
+    found = {
         role: helpers_lib.find(
             role,
             directory,
             step=step if chosen is None else chosen[role],
             vocabulary=experiment.prepared.vocabulary,
             dtype=experiment.dtype,
+            placement=helpers_lib.Placement.of(experiment.config),
         )
         for role, (directory, step) in roles.wanted(experiment.config).items()
         if needed is None or role in needed
     }
+    return {role: with_attention(experiment.config, helper, experiment.mesh) for role, helper in found.items()}
+
+
+def with_attention(
+    config: ml_collections.ConfigDict, helper: helpers_lib.Helper, mesh: jax.sharding.Mesh
+) -> helpers_lib.Helper:
+    """The helper with the fastest attention that takes its shape: a kernel that is named is for the student."""
+    device = mesh.devices.flat[0]
+    name = "xla" if config.compute.attention == "xla" else "auto"
+    backend = attention.choose(name, device, helper.model.config, config.data.seq_len, helper.model.dtype)
+    return dataclasses.replace(helper, model=dataclasses.replace(helper.model, attention=backend))
 
 
 def facts(experiment: Experiment, helpers: dict[str, helpers_lib.Helper]) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Which rows a run reads at which update: all of them, candidates to choose from, or lists made beforehand."""
 
 import functools
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -40,8 +42,11 @@ class Data:
       UserError: a list that was made for other rows, or weights for other domains.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, rows: "Rows | Stream", objective: Objective):
+    def __init__(
+        self, config: ml_collections.ConfigDict, rows: "Rows | Stream", objective: Objective, mesh: jax.sharding.Mesh
+    ):
         self._config, self._rows, self._objective = config, rows, objective
+        self._where = sharding.batch_sharding(mesh)
         self._seed = config.seed if config.data.order_seed < 0 else config.data.order_seed
         self.weights = mixture.weights(config.data.domain_weights, rows.domains, config.data.source)
         pool = config.batch_rows * config.select.pool_factor
@@ -71,7 +76,8 @@ class Data:
         select, batch = self._config.select, self._config.batch_rows
         until = max((stage.stop for stage in plan if stage.selecting), default=0)
         if self.stream:
-            return StreamFeed(self.stream, until, select.pool_factor if select.rows == "online" else 1)
+            pool = select.pool_factor if select.rows == "online" else 1
+            return StreamFeed(self.stream, until, pool, lambda rows: readers(self._where, rows))
         if select.rows == "all" or not until:
             return Feed([(0, self._loader(self._everything, batch))])
         if select.rows == "online":
@@ -126,8 +132,7 @@ class Data:
             batch_rows,
             objective=self._objective,
             seed=self._config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            local=None if jax.process_count() == 1 else rows_here(self._where, batch_rows),
             **more,
         )
 
@@ -135,8 +140,8 @@ class Data:
 class StreamFeed:
     """`Feed` over a stream: the first `until` updates read `pool` of its batches each, the others one."""
 
-    def __init__(self, stream: "Stream", until: int, pool: int):
-        self._stream, self._until, self._pool = stream, until, pool
+    def __init__(self, stream: "Stream", until: int, pool: int, readers_of: Callable[[int], list[np.ndarray]]):
+        self._stream, self._until, self._pool, self._readers_of = stream, until, pool, readers_of
 
     def first_at(self, n: int) -> int:
         """The stream's batch that update `n` begins with."""
@@ -149,10 +154,13 @@ class StreamFeed:
         return batch | {CAUSAL + name: x for name, x in batch.items() if self._stream.has_prefix}
 
     def row_ids_at(self, n: int) -> np.ndarray:
-        """The ids, int64, of all hosts' rows of update `n`, host by host."""
+        """The ids, int64, of all hosts' rows of update `n`, in the order of the batch on the devices."""
         parts = [self._stream.row_ids_at(i) for i in range(self.first_at(n), self.first_at(n + 1))]
-        hosts = jax.process_count()
-        return np.concatenate([part.reshape(hosts, -1) for part in parts], axis=1).reshape(-1)
+        row_ids = np.empty(sum(len(part) for part in parts), np.int64)
+        held = self._readers_of(len(row_ids))
+        for reader, rows in enumerate(held):
+            row_ids[rows] = np.concatenate([part.reshape(len(held), -1)[reader] for part in parts])
+        return row_ids
 
 
 class Batch(NamedTuple):
@@ -160,7 +168,8 @@ class Batch(NamedTuple):
 
     arrays: dict[str, jax.Array]
     row_ids: np.ndarray | None  # of all hosts' candidates, where rows are chosen from them
-    dropped: int | None  # this host's tokens that the objective had no room for
+    dropped: int | jax.Array | None  # tokens that the objective had no room for, on all hosts
+    waited: float  # seconds until the batch was there
 
 
 class Batches:
@@ -168,6 +177,7 @@ class Batches:
 
     def __init__(self, data: Data, plan: tuple[Stage, ...], first: int, run: RunDir, mesh: jax.sharding.Mesh):
         self._data, self._run, self._where = data, run, sharding.batch_sharding(mesh)
+        self._sum = jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))
         self._feed = data.feed(plan)
         if data.stream and first:
             self._go_to(first, self._read_place(first))
@@ -215,12 +225,69 @@ class Batches:
 
     def batch_at(self, n: int, names: Collection[str]) -> "Batch":
         """The batch of update n, of it the arrays `names`."""
+        began = time.perf_counter()
         batch = self._ahead.batch_at(n)
+        waited = time.perf_counter() - began
         row_ids = self._feed.row_ids_at(n) if "domain" in names else None
-        dropped = int(batch["dropped"].sum()) if "dropped" in batch else None
-        return Batch(put(batch, names, self._where), row_ids, dropped)
+        return Batch(put_local(batch, names, self._where), row_ids, self._dropped(batch), waited)
+
+    def _dropped(self, batch: Mapping[str, np.ndarray]) -> int | jax.Array | None:
+        """The sum over all hosts' rows; read later, so that nobody waits for it here."""
+        if "dropped" not in batch:
+            return None
+        if jax.process_count() == 1:
+            return int(batch["dropped"].sum())
+        return self._sum(jax.make_array_from_process_local_data(self._where, batch["dropped"]))
+
+
+def rows_here(where: jax.sharding.Sharding, rows: int) -> np.ndarray:
+    """Which of the `rows` rows of a batch the devices of this process hold, int64, ascending."""
+    return _rows_of(where, rows)[jax.process_index()]
+
+
+def reader(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
+    """Which of `readers` this process is, and how many there are."""
+    if jax.process_count() == 1:
+        return 0, 1
+    where = sharding.batch_sharding(mesh)
+    held = readers(where, rows)
+    return next(i for i, part in enumerate(held) if np.array_equal(part, rows_here(where, rows))), len(held)
+
+
+def readers(where: jax.sharding.Sharding, rows: int) -> list[np.ndarray]:
+    """The parts of a batch that some process holds, each once, by their first row: `rows_here` of the readers.
+
+    Processes that hold the same rows (where a row is split between them, by `tensor`) read the same.
+    """
+    parts = {part.tobytes(): part for part in _rows_of(where, rows).values()}
+    return sorted(parts.values(), key=lambda part: int(part[0]))
+
+
+def _rows_of(where: jax.sharding.Sharding, rows: int) -> dict[int, np.ndarray]:
+    """By process. On TPUs the rows of a process need not be neighbours: the mesh follows the wires."""
+    spans: dict[int, set[tuple[int, int]]] = {}
+    for device, (span,) in where.devices_indices_map((rows,)).items():
+        spans.setdefault(device.process_index, set()).add(span.indices(rows)[:2])
+    return {
+        process: np.concatenate([np.arange(*span, dtype=np.int64) for span in sorted(held)])
+        for process, held in spans.items()
+    }
+
+
+def put_local(
+    batch: Mapping[str, np.ndarray], names: Collection[str], where: jax.sharding.Sharding
+) -> dict[str, jax.Array]:
+    """Arrays of a batch on the devices, of which each process gives the rows that its devices hold."""
+    return {name: jax.make_array_from_process_local_data(where, batch[name]) for name in names}
 
 
 def put(batch: Mapping[str, np.ndarray], names: Collection[str], where: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """Arrays of a batch from the loader, on the devices; each process gives its own rows."""
-    return {name: jax.make_array_from_process_local_data(where, batch[name]) for name in names}
+    """Arrays of a batch on the devices, of which each process has all rows."""
+    return {name: put_whole(batch[name], where) for name in names}
+
+
+def put_whole(x: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has whole, on the devices; each process sends its devices their parts."""
+    if where.is_fully_addressable:
+        return jax.device_put(x, where)
+    return jax.make_array_from_callback(x.shape, where, lambda part: x[part])

@@ -1,4 +1,4 @@
-"""FLOPs by arithmetic, and what devices can do.
+"""FLOPs by arithmetic, a token.
 
 The convention is that of PaLM (arXiv 2204.02311, appendix B): 2 FLOPs for each weight of a matrix that a token
 meets, the output head counted and the embedding lookup not, plus attention over the full row length (no
@@ -7,21 +7,8 @@ discount for causality); training takes three forward passes' worth. Remateriali
 
 import jax
 
+from slm_assist import hardware
 from slm_assist.models import ModelConfig
-
-# Dense bfloat16 FLOP/s of one device, by a part of jax.Device.device_kind. Makers' data sheets.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
 
 
 def forward(config: ModelConfig, seq_len: int) -> float:
@@ -50,7 +37,5 @@ def assisted(student: ModelConfig, teacher: ModelConfig, seq_len: int) -> float:
 
 def peak(device: jax.Device) -> float | None:
     """The device's dense bfloat16 FLOP/s, None where it is not known (CPUs)."""
-    for kind, value in PEAK_FLOPS.items():
-        if kind in device.device_kind:
-            return value
-    return None
+    found = hardware.of_device(device.device_kind)
+    return found and found.flops

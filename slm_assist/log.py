@@ -1,22 +1,25 @@
 """What a run says of itself while it trains: metrics.jsonl, TensorBoard, a progress bar, and its clock."""
 
+import contextlib
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from slm_assist import flops
+from slm_assist import distributed, flops
 from slm_assist.assist.auto import Auto
 from slm_assist.assist.helpers import Helper
 from slm_assist.assist.online import ROWS
 from slm_assist.assist.stages import PLAIN, Stage
 from slm_assist.checkpoint import whole_steps
 from slm_assist.errors import UserError
-from slm_assist.experiment import Experiment
+from slm_assist.experiment import Experiment, Say
 from slm_assist.feed import Batch
-from slm_assist.metrics import Metrics, MetricsFile, TensorBoard, all_finite, means
+from slm_assist.metrics import Metrics, MetricsFile, NoFile, TensorBoard, all_finite, means
 from slm_assist.run_dir import RunDir
 
 
@@ -25,11 +28,12 @@ class Clock:
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self.began = self._last = time.perf_counter()
 
     def restore(self, seconds: dict[str, float]) -> None:
-        """Takes over the phases of the process that saved the checkpoint."""
-        self.seconds = dict(seconds)
+        """Adds the phases of the process that saved the checkpoint."""
+        for phase, before in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + before
 
     def lap(self, phase: str) -> float:
         now = time.perf_counter()
@@ -40,6 +44,59 @@ class Clock:
     @property
     def training(self) -> float:
         return self.seconds.get("stage1", 0.0) + self.seconds.get("stage2", 0.0)
+
+
+def _is_done(metrics: Metrics) -> bool:
+    """Whether the devices have finished the update; asks, and waits for nothing."""
+    return all(leaf.is_ready() for leaf in jax.tree.leaves(metrics))
+
+
+class Profile:
+    """A trace of the updates `span` = (first, last), as metrics.jsonl counts them, for TensorBoard's profiler.
+
+    Use as a context manager; several processes write a directory each. A run that goes on inside the span traces what
+    is left of it.
+
+    Raises:
+      UserError: the span is not two updates of the run, in order.
+    """
+
+    def __init__(self, span: tuple[int, ...], steps: int, directory: Path, say: Say):
+        if span and not (len(span) == 2 and 1 <= span[0] <= span[1] <= steps):
+            raise UserError(
+                f"log.profile={','.join(map(str, span))}: give the first and the last update to trace, from 1 to "
+                f"steps={steps}, as 100,103"
+            )
+        self._first, self._last = span or (0, 0)
+        self._place = directory if distributed.count() == 1 else directory / f"process-{distributed.index()}"
+        self._say, self._running = say, False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._running:
+            self._stop()
+
+    def update(self, step: int) -> contextlib.AbstractContextManager:
+        """To be around the update that leads to `step`."""
+        if not self._first <= step <= self._last:
+            return contextlib.nullcontext()
+        if not self._running:
+            jax.profiler.start_trace(str(self._place))
+            self._running = True
+        return jax.profiler.StepTraceAnnotation("update", step_num=step)
+
+    def after(self, step: int, wait: Callable[[], None]) -> None:
+        """Ends the trace behind its last update, once `wait` has waited for the devices."""
+        if self._running and step == self._last:
+            wait()
+            self._stop()
+            self._say(f"traced updates up to {step}: {self._place}; look at it with TensorBoard or xprof")
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._running = False
 
 
 class Log:
@@ -53,7 +110,7 @@ class Log:
 
     NEW: ClassVar[dict[str, Any]] = {
         "offset": 0, "tokens": 0.0, "flops": {"student": 0.0, "teacher": 0.0, "scorer": 0.0}, "seconds": {},
-        "auto": None,
+        "auto": None, "input_wait": 0.0,
     }  # fmt: skip
 
     def __init__(
@@ -71,10 +128,11 @@ class Log:
         self._pending: tuple[int, Stage, Metrics, Batch] | None = None
         self._tokens, self._flops = meta["tokens"], dict(meta["flops"])
         self._said_ties = False
+        self._input_wait, self._to_first_step = meta["input_wait"], None
         self._batch_tokens = config.batch_rows * config.data.seq_len
         peak = flops.peak(experiment.mesh.devices.flat[0])
         self._peak = peak and peak * experiment.mesh.size
-        self._file = MetricsFile(run.metrics, meta["offset"])
+        self._file = MetricsFile(run.metrics, meta["offset"]) if distributed.index() == 0 else NoFile()
         self._tensorboard = TensorBoard(run.tensorboard, first, config.log.tensorboard)
         self._bar = tqdm(
             total=config.steps,
@@ -95,8 +153,13 @@ class Log:
         self._tensorboard.close()
 
     def step(self, step: int, stage: Stage, metrics: Metrics, batch: Batch) -> None:
-        """Takes the metrics of the update by `batch` that led to `step`, and writes those of the one before it."""
-        previous, self._pending = self._pending, (step, stage, metrics, batch._replace(arrays={}))
+        """Takes the metrics of the update by `batch` that led to `step`, and writes those of the one before it.
+
+        Where the devices had finished that one already, they may have stood idle while the loop waited for the batch.
+        """
+        idle = batch.waited if self._pending is None or _is_done(self._pending[2]) else 0.0
+        batch = batch._replace(arrays={}, waited=idle)
+        previous, self._pending = self._pending, (step, stage, metrics, batch)
         if previous is not None:
             self._write(*previous)
 
@@ -114,6 +177,8 @@ class Log:
         rows = metrics.pop(ROWS, None)
         values = means(metrics)
         seconds = self._clock.lap("stage2" if stage.name == PLAIN else "stage1")
+        self._input_wait += batch.waited
+        self._to_first_step = self._to_first_step or time.perf_counter() - self._clock.began
         self._refuse_nan(step, values)
         if self._auto and stage.soft_labels:
             self._auto.observe(step, values["accuracy"], values["teacher_accuracy"])
@@ -126,11 +191,12 @@ class Log:
             "flops": sum(self._flops.values()),
             "seconds": self._clock.training,
             "tokens_per_second": self._batch_tokens / seconds,
+            "input_wait_seconds": batch.waited,
         }
         if self._peak:
             record["model_flops_utilisation"] = sum(cost.values()) / seconds / self._peak
         if batch.dropped is not None:
-            record["dropped_tokens"] = batch.dropped
+            record["dropped_tokens"] = int(jax.device_get(batch.dropped))
         if rows is not None:
             record |= self._chosen(rows, batch.row_ids)
             self._warn_of_ties(step, values)
@@ -152,7 +218,7 @@ class Log:
         select = self._experiment.config.select
         if not self._said_ties and values.get("score_zero", 0.0) > 1 - 1 / select.pool_factor:
             self._said_ties = True
-            tqdm.write(
+            self._say(
                 f"step {step}: {values['score_zero']:.0%} of the candidates score exactly 0, so their order in the "
                 "pool chooses among them: use a later select.scorer_step, a larger select.k, or select.masked=drop"
             )
@@ -175,6 +241,10 @@ class Log:
             refresh=False,
         )
         self._bar.update(record["step"] - self._bar.n)
+
+    def _say(self, line: str) -> None:
+        if distributed.index() == 0:
+            tqdm.write(line)
 
     def validation(self, step: int, figures: dict[str, Any]) -> None:
         """Writes a validation line; call `flush` before evaluating."""
@@ -200,7 +270,7 @@ class Log:
         self.flush()
         self._auto = None
         self._file.write({"kind": "switch", "step": step, "reason": reason})
-        tqdm.write(f"step {step}: stage 1 ends, {reason}")
+        self._say(f"step {step}: stage 1 ends, {reason}")
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint keeps so that the next process goes on with the same lines and totals."""
@@ -210,6 +280,7 @@ class Log:
             "flops": self._flops,
             "seconds": self._clock.seconds,
             "auto": self._auto and self._auto.state(),
+            "input_wait": self._input_wait,
         }
 
     def summary(self, plan: tuple[Stage, ...]) -> dict[str, Any]:
@@ -221,6 +292,9 @@ class Log:
             "tokens": self._tokens,
             "flops": self._flops,
             "seconds": self._clock.seconds,
+            "compile_seconds": self._clock.seconds["compile"],
+            "start_to_first_step_seconds": self._to_first_step,
+            "input_wait_share": self._input_wait / max(self._clock.training, 1e-9),
             "peak_bytes": memory.get("peak_bytes_in_use") if memory else None,
             "stages": [{"name": stage.name, "start": stage.start, "stop": stage.stop} for stage in plan],
         }

@@ -1,6 +1,7 @@
 """A sample of candidates, scored once when a run that selects begins: for a person to see what the score prefers."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,30 @@ from slm_assist.feed import put
 from slm_assist.run_dir import RunDir
 
 
+def is_wanted(experiment: Experiment) -> bool:
+    """Whether a new run begins with a sample: it scores candidates, and they are not of a stream."""
+    return experiment.score is not None and not experiment.data.stream and experiment.config.select.sample > 0
+
+
+def params_in(experiment: Experiment, params_of: dict[str, Any], student: Any) -> dict[str, Any]:
+    """The parameters that `scored` takes, of helpers and, as "learner", the student's."""
+    params = params_of | {"learner": student}
+    return {role: params[role] for role in experiment.score.roles}
+
+
+def scored(experiment: Experiment, helpers: dict[str, Helper]) -> Callable:
+    """(parameters by role, batch) -> the score of each row, and loss and rank of its tokens."""
+    score = experiment.score
+    models = {role: helper.model for role, helper in helpers.items()} | {"learner": experiment.student.model}
+    token_stats = functools.partial(labels.token_stats, block_bytes=experiment.student.block_bytes)
+
+    def scored(params: dict[str, Any], batch: labels.Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        stats = {role: token_stats(models[role], params[role], batch, helper=role != "learner") for role in score.roles}
+        return score(stats, batch["mask"]), *stats[score.main]
+
+    return scored
+
+
 def write_sample(
     experiment: Experiment,
     run: RunDir,
@@ -22,29 +47,25 @@ def write_sample(
     params_of: dict[str, Any],
     student: Any,
     plan: tuple[Stage, ...],
+    step: Callable | None = None,
 ) -> None:
     """Scores the run's first `select.sample` candidates and keeps what each token cost; of a stream, nothing.
 
     Args:
       params_of: of the helpers by role; `student`: the learner's parameters.
       plan: the run's stages, the first of which chooses among candidates.
+      step: `scored`, compiled.
     """
-    config, score = experiment.config, experiment.score
-    if score is None or experiment.data.stream or not config.select.sample or run.selection_sample.is_file():
+    if not is_wanted(experiment) or run.selection_sample.is_file():
         return
-    models = {role: helper.model for role, helper in helpers.items()} | {"learner": experiment.student.model}
-    params = params_of | {"learner": student}
-    token_stats = functools.partial(labels.token_stats, block_bytes=experiment.student.block_bytes)
-
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(experiment.mesh))
-    def scored(params: dict[str, Any], batch: labels.Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        stats = {role: token_stats(models[role], params[role], batch) for role in score.roles}
-        return score(stats, batch["mask"]), *stats[score.main]
-
+    config = experiment.config
+    params = params_in(experiment, params_of, student)
+    if step is None:
+        step = jax.jit(scored(experiment, helpers), out_shardings=sharding.replicated(experiment.mesh))
     where, scores = sharding.batch_sharding(experiment.mesh), []
 
     def stats_of(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        values, loss, rank = jax.device_get(scored(params, put(batch, labels.ARRAYS, where)))
+        values, loss, rank = jax.device_get(step(params, put(batch, labels.ARRAYS, where)))
         scores.append(values)
         return loss, rank
 

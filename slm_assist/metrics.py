@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from slm_assist import distributed
 from slm_assist.errors import UserError
 
 Pairs = dict[str, tuple[jax.Array, jax.Array]]
@@ -66,6 +67,21 @@ class MetricsFile:
         self._file.close()
 
 
+class NoFile:
+    """`MetricsFile` of the processes whose lines process 0 writes."""
+
+    offset = 0
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
 class TensorBoard:
     """The same numbers as events; does nothing where tensorboardX is not installed."""
 
@@ -101,7 +117,7 @@ def _scalars(record: Mapping[str, Any], prefix: str = ""):
 def write_json(path: Path, value: Any) -> None:
     """Writes `path` whole or not at all."""
     text = json.dumps(value, indent=2, allow_nan=False)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{distributed.index() or ''}.tmp")  # two processes may write the same
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()

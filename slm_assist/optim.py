@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax.sharding import Mesh
 
 from slm_assist import sharding
 from slm_assist.errors import UserError, one_of
 
 SCHEDULES = ("constant", "cosine", "wsd")
-OPTIMIZERS = ("adafactor", "adamw")
+OPTIMIZERS = ("adafactor", "adamw", "muon")
+MUON_RMS = 0.2  # of an update by Muon: about that of one by AdamW, so that one learning rate serves both (2502.16982)
 
 
 def learning_rate(
@@ -79,16 +81,19 @@ def make_optimizer(
     b2: float = 0.95,
     eps: float = 1e-8,
     clip_norm: float = 1.0,
+    muon_momentum: float = 0.95,
+    muon_steps: int = 5,
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm, "adamw" or "adafactor", decoupled weight decay on matrices, learning rate.
+    """Clipping by the global norm, one of `OPTIMIZERS`, decoupled weight decay on matrices, learning rate.
 
     Args:
-      name: "adamw" (1711.05101) or "adafactor" (`scale_by_adafactor`, without momentum).
+      name: "adamw" (1711.05101), "adafactor" (`scale_by_adafactor`, without momentum) or "muon" (`scale_by_muon`).
       schedule: learning rate from the number of updates done (int32, in the state).
       axes: the dimension names of the parameters, `Transformer.logical_axes()`.
       weight_decay: times the learning rate and the parameter is subtracted from matrices (`decay_mask`).
-      b1, b2, eps: AdamW's.
+      b1, b2, eps: AdamW's, also of the parameters that Muon leaves to it.
       clip_norm: gradients are scaled down to this global norm; 0 for no clipping.
+      muon_momentum, muon_steps: of the matrices that Muon updates, and its Newton-Schulz iterations.
 
     Raises:
       UserError: the name is unknown, or a value is out of its range.
@@ -97,7 +102,11 @@ def make_optimizer(
     for key, value in {"weight_decay": weight_decay, "clip_norm": clip_norm}.items():
         if value < 0:
             raise UserError(f"optimizer.{key}={value}: use 0 (none) or more")
-    scale = scale_by_adafactor(axes) if name == "adafactor" else optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    scale = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    if name == "adafactor":
+        scale = scale_by_adafactor(axes)
+    elif name == "muon":
+        scale = scale_by_muon(axes, otherwise=scale, momentum=muon_momentum, steps=muon_steps)
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         scale,
@@ -117,6 +126,80 @@ def is_matrix(names: sharding.Axes) -> bool:
 def decay_mask(axes: Any) -> Any:
     """A tree of bools: True for the parameters that weight decay acts on, which are the matrices."""
     return jax.tree.map(is_matrix, axes, is_leaf=sharding.is_names)
+
+
+def scale_by_muon(
+    axes: Any, *, otherwise: optax.GradientTransformation, momentum: float = 0.95, steps: int = 5
+) -> optax.GradientTransformation:
+    """Muon (`optax.contrib.muon`'s numbers) for the matrices of the layers, `otherwise` for all other parameters.
+
+    A matrix is what multiplies a hidden state: [embed, heads, head_dim] is embed x (heads * head_dim), and each layer
+    of a stack is one of its own. Embeddings, output head and norms are not orthogonalised. Updates of any shape have
+    an RMS of about `MUON_RMS` (2502.16982), as AdamW's do.
+
+    Args:
+      axes: the dimension names of the parameters.
+      momentum: of the gradients, with Nesterov's look ahead, before they are orthogonalised.
+      steps: Newton-Schulz iterations.
+
+    Raises:
+      UserError: a value out of its range.
+    """
+    if not 0 <= momentum < 1:
+        raise UserError(f"optimizer.muon_momentum={momentum}: use a number from 0 to below 1")
+    if steps < 1:
+        raise UserError(f"optimizer.muon_steps={steps}: Muon needs at least 1 Newton-Schulz iteration; 5 is usual")
+    dims = jax.tree.map(lambda names: _matrix_dims(names) or optax.MaskedNode(), axes, is_leaf=sharding.is_names)
+    kinds = jax.tree.map(lambda names: "muon" if _matrix_dims(names) else "other", axes, is_leaf=sharding.is_names)
+
+    newton_schulz = optax.contrib.scale_by_muon(
+        ns_steps=steps, beta=0.0, nesterov=False, weight_dimension_numbers=dims
+    )  # without a momentum of its own, so that what it is given can be dealt out
+
+    def init(params):
+        return MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=jnp.float32))
+
+    def update(grads, state, params):
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(grads, state.mu, momentum, 1)
+        ahead = jax.tree.map(
+            lambda m, g: momentum * m + (1 - momentum) * g,
+            optax.tree.bias_correction(mu, momentum, optax.safe_increment(count)),
+            optax.tree.bias_correction(grads, momentum, count),
+        )
+        ahead = jax.tree.map(_deal_out, ahead, dims)
+        updates = newton_schulz.update(ahead, newton_schulz.init(ahead))[0]
+        return jax.tree.map(scaled, updates, dims), MuonState(count, mu)
+
+    def scaled(update: jax.Array, sides: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+        larger = max(math.prod(update.shape[dim] for dim in side) for side in sides)
+        # An orthogonal matrix has an RMS of 1 / sqrt(larger).
+        return MUON_RMS * math.sqrt(larger) * _deal_out(update, sides, back=True)
+
+    muon = optax.GradientTransformation(init, update)
+    return optax.partition({"muon": muon, "other": otherwise}, kinds)
+
+
+def _matrix_dims(names: sharding.Axes) -> optax.contrib.MuonDimensionNumbers | None:
+    """The dimensions on the two sides of a layer's matrix, in their order; None for what Muon leaves alone."""
+    if not is_matrix(names) or "vocab" in names:
+        return None
+    embed = tuple(dim for dim, name in enumerate(names) if name == "embed")
+    others = tuple(dim for dim, name in enumerate(names) if name not in ("embed", "layers"))
+    return optax.contrib.MuonDimensionNumbers(*sorted((embed, others)))
+
+
+class MuonState(NamedTuple):
+    """The matrices' momentum, float32."""
+
+    count: jax.Array
+    mu: Any
+
+
+def _deal_out(x: jax.Array, sides: optax.contrib.MuonDimensionNumbers, back: bool = False) -> jax.Array:
+    """The layers of a stack over all devices: each has whole matrices to work on, and no two work on the same."""
+    stacked = set(range(x.ndim)) - {*sides.reduction_axis, *sides.output_axis}
+    return sharding.deal_out(x, *stacked, back=back) if stacked else x
 
 
 class AdafactorState(NamedTuple):
@@ -214,7 +297,8 @@ def _map_named(function, axes, *trees):
 def state_shardings(optimizer: optax.GradientTransformation, params: Any, axes: Any, mesh: Mesh) -> Any:
     """A tree of `NamedSharding` for `optimizer.init(params)`.
 
-    Whatever in the state is a tree like the parameters lies as they do; counters are on every device.
+    Whatever in the state is a tree like the parameters, or like a part of them (`optax.MaskedNode` for the others),
+    lies as they do; counters are on every device.
 
     Args:
       params: the parameters or their shapes.
@@ -222,10 +306,15 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Any, axes: 
     """
     structure = jax.tree.structure(params)
 
+    def is_masked(node):
+        return isinstance(node, optax.MaskedNode)
+
     def like_params(node):
-        return jax.tree.structure(node) == structure
+        return jax.tree.structure(node, is_leaf=is_masked) == structure
 
     def place(node):
-        return sharding.shardings(axes, node, mesh) if like_params(node) else sharding.replicated(mesh)
+        if not like_params(node):
+            return sharding.replicated(mesh)
+        return _map_named(lambda names, x: x if is_masked(x) else sharding.sharding(names, x, mesh), axes, node)
 
     return jax.tree.map(place, jax.eval_shape(optimizer.init, params), is_leaf=like_params)

@@ -7,6 +7,7 @@ checkpoints/N/ parameters, optimizer, assist state and meta after N updates
 stream/        where a streamed source is read on, by checkpoint and process
 metrics.jsonl  one line an update or a validation
 validation_rows.json  sums of each validation row at the last validation
+profile/       traces of the updates that log.profile names
 selection_sample.npz  some candidates as the scorer sees them, where rows are selected
 summary.json   what the run cost; there once it is finished
 tensorboard/   events
@@ -17,6 +18,8 @@ import fcntl
 import itertools
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.validation_rows = self.path / "validation_rows.json"
         self.selection_sample = self.path / "selection_sample.npz"
+        self.profile = self.path / "profile"
         self.summary = self.path / "summary.json"
         self.tensorboard = self.path / "tensorboard"
 
@@ -77,6 +81,30 @@ class RunDir:
             if not other.exists():
                 return RunDir(other)
         raise AssertionError
+
+    def sign(self) -> str:
+        """Writes a word into the lock that this process holds; `check_signed` finds it from another host."""
+        word = secrets.token_hex(8)
+        (self.path / "LOCK").write_text(word, encoding="utf-8")
+        return word
+
+    def check_signed(self, word: str, seconds: float = 60.0) -> None:
+        """Waits until this directory's lock has the word, as a network's disk may show it late.
+
+        Raises:
+          UserError: it has not: this directory is another than that of the process that signed.
+        """
+        until = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(OSError):
+                if (self.path / "LOCK").read_text(encoding="utf-8") == word:
+                    return
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{self.path}: not the directory that process 0 calls so; all processes of a run need one run_dir "
+                    "on a disk that they share, given as an absolute path"
+                )
+            time.sleep(0.05)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

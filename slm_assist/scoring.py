@@ -8,7 +8,6 @@ the same shape, so on the same devices its score has the same bits however the w
 import dataclasses
 import functools
 import signal
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from slm_assist import corpus, experiment, flops, roles, sharding
+from slm_assist import corpus, experiment, flops, programs, roles, sharding
 from slm_assist.assist import helpers as helpers_lib
 from slm_assist.assist import labels, sample, score_store, scores
 from slm_assist.assist.helpers import Helper
@@ -69,7 +68,7 @@ def score(
     job = _prepare(config, Path(out).expanduser(), say if index == 0 else lambda line: None)
     with Writer(out, job.meta, (index, count)) as writer:
         try:
-            with jax.set_mesh(job.mesh):
+            with programs.compilation_cache(config.compute.cache_dir), jax.set_mesh(job.mesh):
                 _run(job, writer, say)
         except KeyboardInterrupt as interrupt:
             number = interrupt.args[0] if interrupt.args else signal.SIGINT
@@ -142,10 +141,14 @@ def _prepare(config: ml_collections.ConfigDict, out: Path, say: Say) -> Job:
     rows, vocabulary = prepared.train, prepared.vocabulary
     chosen = scores.make(select.score, **options, vocab_size=vocabulary.size)
     dtype = experiment.compute_dtype(config.compute.dtype, mesh.devices.flat[0])
-    helpers = {
-        role: helpers_lib.find(role, run.directory, step=steps[role], vocabulary=vocabulary, dtype=dtype)
+    placement = helpers_lib.Placement.of(config)
+    found = {
+        role: helpers_lib.find(
+            role, run.directory, step=steps[role], vocabulary=vocabulary, dtype=dtype, placement=placement
+        )
         for role, run in wanted.items()
     }
+    helpers = {role: experiment.with_attention(config, helper, mesh) for role, helper in found.items()}
     meta = {
         "vocabulary": rows.vocabulary.fingerprint,
         "corpus": rows.fingerprint,
@@ -255,14 +258,16 @@ def describe(found: score_store.Scores) -> str:
 
 def scoring_step(job: Job, params: dict[str, Any]) -> Callable:
     """`score_step` of a job, compiled."""
-    config, began = job.config, time.perf_counter()
+    config = job.config
     options = {"k": config.select.k, "block_bytes": config.loss.block_bytes or None}
-    step = compiled(job, params, functools.partial(score_step, models=job.models, score=job.score, **options))
+    built = _built(job, params, functools.partial(score_step, models=job.models, score=job.score, **options))
     job.say(
-        f"compiled in {time.perf_counter() - began:.0f} s; computing in {job.meta['dtype']} on {job.mesh.size} x "
+        f"compiled: {built.costs()}; computing in {job.meta['dtype']} on {job.mesh.size} x "
         f"{job.mesh.devices.flat[0].device_kind}"
     )
-    return step
+    for role, helper in job.helpers.items():
+        job.say(f"{role}: {helper.run} at step {helper.step}, {helper.where(job.mesh)}")
+    return built.call
 
 
 def score_spans(job: Job, writer: Writer, step: Callable, params: dict[str, Any]) -> None:
@@ -303,12 +308,14 @@ def put(batch: Mapping[str, np.ndarray], where: jax.sharding.Sharding) -> dict[s
 
 def compiled(job: Job, params: dict[str, Any], function: Callable) -> Callable:
     """(params, batch) -> results, whole on every device, compiled for the one shape of a batch."""
+    return _built(job, params, function).call
+
+
+def _built(job: Job, params: dict[str, Any], function: Callable) -> programs.Built:
     shape, where = (job.config.batch_rows, job.rows.seq_len), sharding.batch_sharding(job.mesh)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in ARRAYS.items()}
-    deterministic = job.config.compute.deterministic and job.mesh.devices.flat[0].platform == "gpu"
-    options = {"xla_gpu_deterministic_ops": True} if deterministic else None
-    jitted = jax.jit(function, out_shardings=sharding.replicated(job.mesh))
-    return jitted.lower(params, batch).compile(compiler_options=options)
+    whole = sharding.replicated(job.mesh)
+    return programs.build(job.config, job.mesh, function, params, batch, out_shardings=whole)
 
 
 def _look(job: Job, found: score_store.Scores, params: dict[str, Any]) -> sample.Sample:

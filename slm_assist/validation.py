@@ -7,16 +7,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from slm_assist import metrics, sharding, steps
+from slm_assist import distributed, metrics, sharding, steps
 from slm_assist.assist import helpers as helpers_lib
 from slm_assist.assist.labels import ARRAYS
+from slm_assist.distributed import Group
 from slm_assist.evals import perplexity
 from slm_assist.experiment import Experiment, Say
 from slm_assist.feed import put
 from slm_assist.run_dir import RunDir
 
 
-def validator(experiment: Experiment, run: RunDir, eval_step: Callable, say: Say) -> Callable:
+def validator(experiment: Experiment, run: RunDir, eval_step: Callable, say: Say, group: Group) -> Callable:
     """(step, parameters) -> the figures of a validation line; what each row cost is kept beside, for the report.
 
     Cuts the rows into buckets first, if that is to be done.
@@ -27,28 +28,37 @@ def validator(experiment: Experiment, run: RunDir, eval_step: Callable, say: Say
         return experiment.validation.row_sums(lambda batch: jax.device_get(step(params, put(batch, ARRAYS, where))))
 
     if experiment.config.validation.buckets:
-        experiment.validation.buckets = _buckets(experiment, sums, say)
+        experiment.validation.buckets = _buckets(experiment, sums, say, group)
 
     def validate(step: int, params: Any) -> dict[str, Any]:
         rows = sums(params)
         kept = {name: rows[name].tolist() for name in ("cross_entropy", "tokens")}
-        metrics.write_json(run.validation_rows, {"step": step} | kept)
+        if distributed.index() == 0:
+            metrics.write_json(run.validation_rows, {"step": step} | kept)
         return experiment.validation.record(rows)
 
     return validate
 
 
-def _buckets(experiment: Experiment, sums: Callable, say: Say) -> np.ndarray:
+def _buckets(experiment: Experiment, sums: Callable, say: Say, group: Group) -> np.ndarray:
     """Thirds of the validation rows by the loss of the run that the config names: cut once, kept beside the rows."""
     name = experiment.config.validation.buckets
     cutter = RunDir(name)
     identity = {"run": cutter.path.name, "rows": experiment.validation.fingerprint}
     identity["config"] = cutter.read(cutter.config)
     file = perplexity.bucket_file(experiment.prepared.path, cutter.path.name, identity)
-    buckets = perplexity.read_buckets(file)
+    found = perplexity.read_buckets(file)
+    # Process 0's answer, for all go the same way: cutting takes every device.
+    cut = group.first("buckets", lambda: None if found is None else found.tolist())
+    buckets = None if cut is None else np.array(cut, np.int64)
     if buckets is None:
         helper = helpers_lib.find(
-            "buckets", name, step=-1, vocabulary=experiment.prepared.vocabulary, dtype=experiment.dtype
+            "buckets",
+            name,
+            step=-1,
+            vocabulary=experiment.prepared.vocabulary,
+            dtype=experiment.dtype,
+            placement=helpers_lib.Placement.of(experiment.config),
         )
         helper, params = helper.load(experiment.mesh, say)
         step = jax.jit(

@@ -73,22 +73,24 @@ def test_readme_commands(after_commands):
     assert (after_commands / "runs" / "report" / "report.html").is_file()
 
 
-def test_readme_quickstart_commands(workplace, monkeypatch):
+QUICKSTARTS = [command for command in COMMANDS if "quickstart" in command]
+
+
+@pytest.mark.parametrize("command", [pytest.param(QUICKSTARTS[1], marks=pytest.mark.slow), *QUICKSTARTS[2:]])
+def test_readme_quickstart_commands(workplace, monkeypatch, command):
     monkeypatch.chdir(workplace)
     sys.path.insert(0, str(ROOT / "experiments"))
     import quickstart
 
-    commands = [c for c in COMMANDS if "quickstart" in c]
-    assert commands[0] == "make quickstart"
-    for number, command in enumerate(commands[1:]):
-        words = shlex.split(command.replace("--seeds 3", "--seeds 2"))  # the same, but sooner
-        arguments = shlex.split(words[2].removeprefix("ARGS=")) if words[0] == "make" else words[2:]
-        options = [option for option in small_options() if "steps" not in option and "domain_field" not in option]
-        shape = [option for option in options if not option.startswith(("--mesh", "--data.validation_fraction"))]
-        out = [] if any(word.startswith("--out") for word in arguments) else ["--out", f"runs/quickstart-{number}"]
-        assert quickstart.main([*arguments, *out, "--scale", "0.01", *shape]) == 0
-        report = Path(out[1] if out else arguments[arguments.index("--out") + 1])
-        assert (report / "report.html").is_file() and (report / "results.json").is_file()
+    assert QUICKSTARTS[0] == "make quickstart"
+    words = shlex.split(command.replace("--seeds 3", "--seeds 2"))  # the same, but sooner
+    arguments = shlex.split(words[2].removeprefix("ARGS=")) if words[0] == "make" else words[2:]
+    options = [option for option in small_options() if "steps" not in option and "domain_field" not in option]
+    shape = [option for option in options if not option.startswith(("--mesh", "--data.validation_fraction"))]
+    out = [] if any(word.startswith("--out") for word in arguments) else ["--out", "runs/quickstart"]
+    assert quickstart.main([*arguments, *out, "--scale", "0.01", *shape]) == 0
+    report = Path(out[1] if out else arguments[arguments.index("--out") + 1])
+    assert (report / "report.html").is_file() and (report / "results.json").is_file()
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))

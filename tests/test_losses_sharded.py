@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_losses import close, problem, value_and_grad, weight_of_info
 
-from slm_assist import sharding
+from slm_assist import compiled, sharding
 from slm_assist.losses import blocked
 
 D, VOCAB, TILE = 16, 64, 5
@@ -51,6 +51,39 @@ def test_sharded_is_unsharded(shape, per_token):
     with jax.set_mesh(mesh):
         sharded = value_and_grad(lambda *a: distillation(*a, per_token=per_token), *place(arguments(), mesh))
     same(sharded, unsharded(per_token))
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 2)])
+@pytest.mark.parametrize("tied", [{"tied": True}, {"tied": True, "teacher_tied": True}, {"teacher_tied": True}])
+def test_a_tied_head_is_the_same_head(shape, tied):
+    """Of a table of embeddings that is the head's transpose; the gradient is that of the table."""
+
+    def loss(hidden, table, teacher_hidden, teacher_table, *rest):
+        return distillation(hidden, table.T, teacher_hidden, teacher_table.T, *rest, **tied)
+
+    hidden, head, teacher_hidden, teacher_head, *rest = arguments()
+    mesh = sharding.make_mesh(*shape) if shape else sharding.make_mesh(1)
+    with jax.set_mesh(mesh):
+        value, (dhidden, dtable) = value_and_grad(loss, hidden, head.T, teacher_hidden, teacher_head.T, *rest)
+    same((value, (dhidden, dtable.T)), unsharded(False))
+
+
+def test_a_tied_head_is_not_copied():
+    """The loss of a table needs no more memory than that of a head, and transposes nothing of its size."""
+
+    def temporaries(turn, **tied):
+        head = jax.ShapeDtypeStruct((4096, 16) if turn else (16, 4096), jnp.float32)
+        hidden, targets = jax.ShapeDtypeStruct((1, 64, 16), jnp.float32), jax.ShapeDtypeStruct((1, 64), jnp.int32)
+
+        def loss(hidden, head, targets):
+            mask, block = jnp.ones(targets.shape), 8 * 4096 * 4
+            made = blocked.cross_entropy(hidden, head.T if turn else head, targets, mask, block_bytes=block, **tied)
+            return made.total
+
+        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(hidden, head, targets).compile()
+        return compiled.memory(program).temporaries
+
+    assert temporaries(True, tied=True) < 1.02 * temporaries(False) < 0.8 * temporaries(True)
 
 
 @pytest.mark.parametrize("batch, vocab, shape", [(3, 64, (2, 2, 2)), (8, 50, (2, 1, 4)), (6, 50, (2, 4, 1))])
@@ -184,16 +217,92 @@ def test_trips_per_device_fall_with_the_data_shards():
     assert trips(trace(tile=48)) == []
 
 
-@pytest.mark.parametrize("mesh_shape", [(4, 1, 1), (1, 4, 1), (2, 2, 2)])
-def test_head_gradient_is_reduced_once_after_the_scan(mesh_shape):
-    head = (D, VOCAB // mesh_shape[2])
-    found = outputs(trace(mesh_shape, tile=2))
-    reductions = [
-        inside for eqn, aval, inside in found
-        if aval.shape == head and any(word in eqn.primitive.name for word in ("psum", "reduce_scatter", "gather"))
-    ]  # fmt: skip
-    assert reductions == [False]
-    assert any(aval.shape == head and inside and eqn.primitive.name == "dot_general" for eqn, aval, inside in found)
+# What XLA makes of them.
+
+
+def compile_on(mesh_shape, *, soft=True, gradient=True, dtype=jnp.float32, tile=4, **options):
+    """The loss and its gradient, laid out as a train step has them; a batch of 8 x 6 tokens, V 64, d 16, teacher 12."""
+    mesh = sharding.make_mesh(*mesh_shape)
+    rows, head_layout = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    layouts = (rows, head_layout, rows, NamedSharding(mesh, PartitionSpec(None, "tensor")), rows, rows, rows)
+    shapes = [
+        jax.ShapeDtypeStruct(x.shape, dtype if i in (0, 2, 3) else x.dtype, sharding=layout)
+        for i, (x, layout) in enumerate(zip(arguments(), layouts, strict=True))
+    ]
+    block_bytes = tile * VOCAB // mesh_shape[2] * (8 if soft else 4)
+
+    def fn(hidden, head, teacher_hidden, teacher_head, targets, mask, weights):
+        options_ = {"softcap": 4.0, "block_bytes": block_bytes, **options}
+        if soft:
+            teacher = teacher_hidden, teacher_head
+            loss = blocked.distillation(
+                hidden, head, *teacher, targets, mask, weight=weights, temperature=0.5, **options_
+            )
+        else:
+            loss = blocked.cross_entropy(hidden, head, targets, mask, **options_)
+        return loss.total, loss
+
+    layout = (NamedSharding(mesh, PartitionSpec()), (rows, head_layout))
+    step = jax.jit(jax.value_and_grad(fn, (0, 1), has_aux=True), out_shardings=layout) if gradient else jax.jit(fn)
+    with jax.set_mesh(mesh):
+        return step.lower(*shapes).compile()
+
+
+@pytest.mark.parametrize(
+    "soft, gradient, a_token",
+    [
+        (True, True, 6 * VOCAB * D + 2 * VOCAB * 12),
+        (True, False, 2 * VOCAB * (D + 12)),
+        (False, True, 6 * VOCAB * D),
+        (False, False, 2 * VOCAB * D),
+    ],
+)
+@pytest.mark.parametrize("mesh_shape, dtype", [((2, 2, 2), jnp.float32), ((1, 1, 1), jnp.bfloat16)])
+def test_flops_are_those_of_the_formula(soft, gradient, a_token, mesh_shape, dtype):
+    """Tiles of 4 divide the tokens of a device. The gradient is two matmuls more; nothing is computed twice."""
+    step = compile_on(mesh_shape, soft=soft, gradient=gradient, dtype=dtype, tile=4)
+    assert compiled.flops(step) == 48 * a_token / np.prod(mesh_shape)
+
+
+def head_traffic(found, head):
+    """The collectives of at least a quarter of a head [d, V]'s bytes."""
+    return sorted((c.kind, c.bytes, c.times) for c in found if c.bytes >= head // 4)
+
+
+@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)])
+def test_head_is_gathered_once_and_its_gradient_reduced_once(mesh_shape):
+    """Over `fsdp` it is scattered, over `data` summed: outside of the loop over tiles, each once.
+
+    Sums of the loss may travel with the gradient: 7 scalars.
+    """
+    data, fsdp, tensor = mesh_shape
+    head = D * VOCAB // tensor * 4
+    step = compile_on(mesh_shape, tile=2)
+    found = [c for c in compiled.collectives(step) if c.bytes >= head // fsdp]
+    found = [c for c in found if c.bytes != 48 // data // fsdp * D * 4]  # the hidden states' gradient over `tensor`
+    assert {c.times for c in found} == {1}
+    sizes = {kind: [c.bytes for c in found if c.kind == kind] for kind in compiled.KINDS}
+    assert sizes["all-gather"] == ([head] if fsdp > 1 else [])
+    assert sizes["reduce-scatter"] == ([head // fsdp] if fsdp > 1 else [])
+    assert len(sizes["all-reduce"]) == (data > 1)
+    assert all(head // fsdp <= size <= head // fsdp + 28 for size in sizes["all-reduce"])
+
+
+@pytest.mark.parametrize(
+    "options, messages",
+    [({}, 2), ({"soft": False}, 2), ({"weight": weight_of_info}, 2), ({"top_k": 3}, 3), ({"gradient": False}, 2)],
+)
+def test_shards_of_the_vocabulary_exchange_two_messages_a_tile(options, messages):
+    """What is largest, then the sums; with top-k labels also the candidates. All of them are scalars of each token."""
+    weight = options.get("weight")
+    if weight:
+        found = [eqn.primitive.name for eqn, inside in trace((1, 1, 8), weight=weight, tile=4) if inside]
+        assert sum(name in ("all_gather", "psum", "psum_invariant", "pmax") for name in found) == messages
+        return
+    found = compiled.collectives(compile_on((1, 1, 8), **options))
+    inside = [c for c in found if c.times > 1]
+    assert len(inside) == messages and {c.times for c in inside} == {48 // 4}
+    assert all(c.bytes <= 4 * 4 * 8 * 6 for c in inside)
 
 
 def test_matmuls_take_operands_of_the_compute_dtype():

@@ -29,9 +29,10 @@ def make_filter(kind: str = "salt", **changes) -> online.Filter:
     return dataclasses.replace(online.Filter(made, models, keep=ROWS, parts=POOL, domains=4), **changes)
 
 
+@functools.cache
 def params_by_role() -> dict:
-    scorer, reference = (TEACHER.init(jax.random.key(seed)) for seed in (1, 2))
-    return {"scorer": scorer, "reference": reference, "learner": STUDENT.init(jax.random.key(3))}
+    scorer, reference = (jax.jit(TEACHER.init)(jax.random.key(seed)) for seed in (1, 2))
+    return {"scorer": scorer, "reference": reference, "learner": jax.jit(STUDENT.init)(jax.random.key(3))}
 
 
 def choose(chooser: online.Filter, rows: dict, mesh=None, assist=None, step: int = 0) -> online.Chosen:
@@ -47,7 +48,7 @@ def reference_scores(score: str, rows: dict) -> np.ndarray:
     params, mask, result = params_by_role(), rows["mask"], []
 
     def log_p(role: str, model) -> np.ndarray:
-        hidden, head = labels.hidden_and_head(model, params[role], rows)
+        hidden, head = jax.jit(functools.partial(labels.hidden_and_head, model))(params[role], rows)
         logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
@@ -63,8 +64,7 @@ def reference_scores(score: str, rows: dict) -> np.ndarray:
     return np.array(result)
 
 
-@pytest.mark.parametrize("score", ["salt", "learnability"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(("score", "shape"), [("salt", (1, 1, 1)), ("learnability", (8, 1, 1)), ("salt", (2, 2, 2))])
 def test_the_best_rows_are_kept(score, shape):
     rows = candidates()
     expected = np.sort(np.argsort(-reference_scores(score, rows), kind="stable")[:ROWS])
@@ -156,7 +156,7 @@ def test_eight_devices_exchange_kept_rows_and_not_the_pool():
     assert not [shape for shape in exchanged if shape[0] == POOL * ROWS and len(shape) > 1]
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_rho1_learns_from_the_top_share_of_tokens(microbatches):
     share, batch, student = 0.6, make_batch(), make_student(microbatches)
     reference = TEACHER.init(jax.random.key(1))

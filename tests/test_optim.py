@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from slm_assist import compiled as compiled_lib
 from slm_assist import optim, sharding
 from slm_assist.errors import UserError
 from slm_assist.models import ModelConfig, Transformer, unstack
@@ -55,7 +56,7 @@ def three_updates(optimizer, params, grads_at, init=None):
 def make(name, config, **options):
     axes = Transformer(config).logical_axes()
     schedule = optim.learning_rate("cosine", peak=0.03, steps=10, warmup_steps=2)
-    return optim.make_optimizer(name, schedule, axes=axes, **{"weight_decay": 0.1, **options})
+    return optim.make_optimizer(name, schedule, axes=axes, **{"weight_decay": 0.1, "muon_steps": 2, **options})
 
 
 def assert_close(a, b, tolerance):
@@ -108,6 +109,10 @@ def test_a_bad_optimizer_is_named():
         make("adam", CONFIG)
     with pytest.raises(UserError, match="clip_norm=-1"):
         make("adamw", CONFIG, clip_norm=-1)
+    with pytest.raises(UserError, match=r"muon_momentum=1\.0"):
+        make("muon", CONFIG, muon_momentum=1.0)
+    with pytest.raises(UserError, match="muon_steps=0"):
+        make("muon", CONFIG, muon_steps=0)
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
@@ -201,6 +206,55 @@ def test_adamw_is_the_definition():
     assert counts and all(x.dtype == jnp.int32 and x == 3 for x in counts)
 
 
+def orthogonalised(matrix, steps):
+    """Newton-Schulz by its definition (Jordan et al. 2024), in float64."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(steps):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+def test_muon_is_the_definition_layer_by_layer_and_adamw_elsewhere():
+    rng, momentum, b1, b2, eps, rate = np.random.default_rng(0), 0.9, 0.8, 0.95, 1e-8, 0.1
+    axes = {
+        "query": ("layers", "embed", "heads", "head_dim"), "out": ("layers", "heads", "head_dim", "embed"),
+        "up": ("embed", "mlp"), "embedding": ("vocab", "embed"), "scale": ("layers", "embed"),
+    }  # fmt: skip
+    shapes = {"query": (3, 12, 2, 4), "out": (3, 2, 4, 12), "up": (12, 20), "embedding": (9, 12), "scale": (3, 12)}
+    matrices = {"query": (3, 12, 8), "out": (3, 8, 12), "up": (1, 12, 20)}
+    params = {k: rng.normal(size=shape) for k, shape in shapes.items()}
+    layer_size = {3: np.array([1.0, 1e-3, 30.0])}
+    grads = [
+        {
+            k: rng.normal(size=s) * layer_size.get(s[0], np.ones(1)).reshape(-1, *[1] * (len(s) - 1))
+            for k, s in shapes.items()
+        }
+        for _ in range(3)
+    ]
+    optimizer = optim.make_optimizer(
+        "muon", lambda step: rate, axes=axes, weight_decay=0.2, b1=b1, b2=b2, eps=eps, clip_norm=0,
+        muon_momentum=momentum, muon_steps=4,
+    )  # fmt: skip
+    got, _ = three_updates(
+        optimizer, jax.tree.map(jnp.float32, params), lambda step: jax.tree.map(jnp.float32, grads[step])
+    )
+    m, v = dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 0.0)
+    for t, grad in enumerate(grads, start=1):
+        for k, g in grad.items():
+            if k in matrices:
+                m[k] = momentum * m[k] + (1 - momentum) * g
+                ahead = momentum * m[k] / (1 - momentum ** (t + 1)) + (1 - momentum) * g / (1 - momentum**t)
+                layers = [orthogonalised(x, 4) for x in ahead.reshape(matrices[k])]
+                direction = 0.2 * np.sqrt(max(matrices[k][1:])) * np.stack(layers).reshape(shapes[k])
+                assert all(0.1 < np.sqrt(np.mean(x**2)) < 0.25 for x in direction.reshape(matrices[k]))
+            else:
+                m[k], v[k] = b1 * m[k] + (1 - b1) * g, b2 * v[k] + (1 - b2) * g**2
+                direction = m[k] / (1 - b1**t) / (np.sqrt(v[k] / (1 - b2**t)) + eps)
+            params[k] = params[k] - rate * (direction + (0 if k == "scale" else 0.2 * params[k]))
+    assert_close(got, params, 2e-5)
+
+
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_eight_devices_are_one(name):
     axes, optimizer = Transformer(CONFIG).logical_axes(), make(name, CONFIG)
@@ -220,6 +274,33 @@ def test_eight_devices_are_one(name):
     assert_close(eight_state, one_state, 1e-6)
     places = zip(jax.tree.leaves(eight_state), jax.tree.leaves(states), strict=True)
     assert all(x.sharding.is_equivalent_to(place, x.ndim) for x, place in places)
-    moments = eight_state[1].row if name == "adafactor" else eight_state[1].mu
+    scale = eight_state[1]
+    moments = {"adafactor": "row", "adamw": "mu"}.get(name)
+    moments = getattr(scale, moments) if moments else scale.inner_states["muon"].inner_state.mu
     query = moments["groups"]["layer_0"]["attention"]["query"]
     assert query.addressable_shards[0].data.size == query.size // (2 if name == "adafactor" else 4)
+
+
+def test_muon_deals_the_layers_out():
+    """Each device orthogonalises its share of the layers, and of what it needs for that nothing is gathered."""
+    model = Transformer(
+        ModelConfig(vocab_size=16, num_layers=8, d_model=16, d_ff=32, num_heads=2, num_kv_heads=2, head_dim=8)
+    )
+    axes, shapes = model.logical_axes(), model.shapes()
+    optimizer = optim.make_optimizer("muon", lambda step: 0.1, axes=axes, muon_steps=1)
+
+    def compiled(*sizes):
+        mesh = sharding.make_mesh(*sizes)
+        places = sharding.shardings(axes, shapes, mesh), optim.state_shardings(optimizer, shapes, axes, mesh)
+        given = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            (shapes, jax.eval_shape(optimizer.init, shapes)),
+            places,
+        )
+        with jax.set_mesh(mesh):
+            return jax.jit(optimizer.update, out_shardings=places).lower(*given, given[0]).compile()
+
+    one, eight = compiled(1, 1, 1), compiled(2, 2, 2)
+    assert compiled_lib.flops(eight) == compiled_lib.flops(one) / 8
+    largest = max(x.size for x in jax.tree.leaves(shapes)) * 4
+    assert all(c.bytes <= largest // 4 for c in compiled_lib.collectives(eight) if c.kind != "all-reduce")

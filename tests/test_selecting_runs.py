@@ -8,7 +8,7 @@ import tiny
 from test_train import Killed, interrupt_at, kill
 
 from slm_assist import config as config_lib
-from slm_assist import corpus
+from slm_assist import corpus, sharding
 from slm_assist import experiment as experiment_lib
 from slm_assist.assist import row_list
 from slm_assist.errors import UserError
@@ -60,8 +60,10 @@ def keys_of(tmp, name: str) -> dict:
     }[name]  # fmt: skip
 
 
-RESUMED = ["salt_ds", "threshold", "gumbel", "list", "auto", "ul2", "rho1"]
-RESUMED += ["scorer leaves first", "teacher leaves first"]
+RESUMED = ["salt_ds", "threshold", "list", "auto", "ul2", "rho1"]
+RESUMED += [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("gumbel", "scorer leaves first", "teacher leaves first")
+]
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -100,7 +102,9 @@ def test_a_changed_list_has_its_own_order_and_an_unchanged_one_runs_on(tmp):
         config, _ = config_lib.resolve("", tiny.overrides(tmp, **(keys_of(tmp, name) | more)))
         rows = prepared(tmp).train
         objective = experiment_lib.objectives.make(config.data, rows.vocabulary)
-        feed = Data(config, rows, objective).feed(experiment_lib.stages(12, assisted=0, selecting=STEPS))
+        feed = Data(config, rows, objective, sharding.make_mesh(1)).feed(
+            experiment_lib.stages(12, assisted=0, selecting=STEPS)
+        )
         return [feed.row_ids_at(n) for n in range(12)]
 
     online = batches("salt_ds")

@@ -85,9 +85,9 @@ def assert_same(a, b):
 @pytest.mark.parametrize(
     ("name", "shuffle", "saved"),
     [
-        ("st_files", True, True),
-        ("seqio:st_files:train", False, True),
-        ("st_saved_mixture", True, True),
+        pytest.param("st_files", True, True, marks=pytest.mark.slow),
+        pytest.param("seqio:st_files:train", False, True, marks=pytest.mark.slow),
+        pytest.param("st_saved_mixture", True, True, marks=pytest.mark.slow),
         ("st_pairs", True, True),
         ("st_generated", False, False),
         ("st_mixture", True, False),

@@ -212,6 +212,24 @@ def test_tensorboard_has_the_same_numbers(tmp):
         assert name in events
 
 
+def test_a_span_of_updates_is_traced_and_what_the_run_waited_for_is_said(tmp):
+    messages: list[str] = []
+    run = tiny.run(tmp, "traced", messages=messages, steps=5, optimizer__warmup_steps=1, log__profile="2,3",
+                   validation__every=0, checkpoint__every=0)  # fmt: skip
+    assert list(run.profile.rglob("*.xplane.pb")) and any("traced updates up to 3" in line for line in messages)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    waits = [line["input_wait_seconds"] for line in lines if line["kind"] == "train"]
+    summary = json.loads(run.summary.read_text())
+    assert len(waits) == 5 and min(waits) >= 0
+    assert summary["input_wait_share"] == pytest.approx(sum(waits) / lines[-1]["train_seconds"])
+    seconds = summary["seconds"]
+    assert summary["compile_seconds"] == seconds["compile"] < summary["start_to_first_step_seconds"]
+    for span in ("2", "3,2", "0,2", "2,6", "1,2,3"):
+        with pytest.raises(UserError, match=f"log.profile={span}: give the first and the last update"):
+            tiny.run(tmp, "bad", steps=5, optimizer__warmup_steps=1, log__profile=span)
+    assert not (tmp / "bad").exists()
+
+
 def test_resume_with_other_settings_names_the_keys(tmp, salt):
     with pytest.raises(UserError, match=r"optimizer.peak_learning_rate: 0.002 -> 0.1.*--fresh"):
         tiny.run(tmp, "salt", assist__teacher=str(tmp / "small_lm"), optimizer__peak_learning_rate=0.1, **SALT)
@@ -246,13 +264,13 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp, monkeypatch):
 
 
 def test_buckets_are_cut_once_and_cover_the_rows(tmp):
-    run = tiny.run(tmp, "buckets", validation__buckets=str(tmp / "small_lm"), steps=3)
+    run = tiny.run(tmp, "buckets", validation__buckets=str(tmp / "small_lm"))
     line = tiny.records(run)[-1]
     buckets = line["buckets"]
     assert buckets["easy"]["log_perplexity"] < buckets["hard"]["log_perplexity"]
     assert sum(bucket["tokens"] for bucket in buckets.values()) == line["tokens"]
     messages: list[str] = []
-    tiny.run(tmp, "buckets-2", messages=messages, validation__buckets=str(tmp / "small_lm"), steps=3)
+    tiny.run(tmp, "buckets-2", messages=messages, validation__buckets=str(tmp / "small_lm"))
     assert not any("cut" in message for message in messages)
 
 

@@ -72,6 +72,18 @@ def run(tmp: Path, name: str, *, messages: list[str] | None = None, killed: Sequ
         return train(config, str(tmp / name), say=(messages if messages is not None else []).append)
 
 
+def copy_as_it_is(directory: Path, copy: Path) -> None:
+    """Between the renaming of a new checkpoint and the removal of an old one, both of which go on beside this."""
+    for _ in range(100):
+        if not any("tmp" in path.name for path in (directory / "checkpoints").iterdir()):
+            with contextlib.suppress(shutil.Error, OSError):
+                shutil.copytree(directory, copy)
+                return
+        shutil.rmtree(copy, ignore_errors=True)
+        time.sleep(0.05)
+    raise TimeoutError(directory)
+
+
 @contextlib.contextmanager
 def as_if_killed(directory: Path, steps: Sequence[int]) -> Iterator[None]:
     """Goes on, but leaves `directory-killed-STEP` as a kill would, where the loop asks for the batch of a STEP."""
@@ -79,9 +91,7 @@ def as_if_killed(directory: Path, steps: Sequence[int]) -> Iterator[None]:
 
     def copying(self, n):
         if n in steps:
-            while any("tmp" in path.name for path in (directory / "checkpoints").iterdir()):
-                time.sleep(0.01)  # what is renamed meanwhile cannot be copied
-            shutil.copytree(directory, f"{directory}-killed-{n}")
+            copy_as_it_is(directory, Path(f"{directory}-killed-{n}"))
         return batch_at(self, n)
 
     with mock.patch.object(Prefetcher, "batch_at", copying):

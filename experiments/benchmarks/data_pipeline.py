@@ -2,19 +2,23 @@
 
     python experiments/benchmarks/data_pipeline.py [--source python:] [--cores 2] [--out result.json]
 
-Prints one JSON object. Preparation is timed cold, into a temporary directory; MB are 10^6 bytes of text
-(decompressed), tokens are targets. The loader is timed on one core, in shuffled order, every row's checksum
-compared, with the file in the page cache.
+Prints one JSON object, the figures in tokens/s and MB/s. Preparation is timed cold, into a temporary directory; MB
+are 10^6 bytes of text (decompressed), tokens are targets. The loader is timed on one core, in shuffled order, every
+row's checksum compared, with the file in the page cache.
+
+Expected FLOPs: none. Expected bytes: the loader reads 4 (T + 1) bytes a row and writes five arrays of 4 T; preparation
+reads the text once, and writes 4 bytes a token.
 """
 
-import argparse
-import json
+import functools
+import itertools
 import os
 import platform
 import tempfile
 import time
+from collections.abc import Iterator
 
-import numpy as np
+import common
 
 from slm_assist.data.loader import Loader
 from slm_assist.data.order import Order
@@ -30,21 +34,27 @@ def timed(function, *args, **kwargs):
     return result, time.perf_counter() - start
 
 
-def loader_tokens_per_second(rows, batch_rows: int, repeats: int = 5) -> float:
-    """Median over `repeats` of T * batch_rows * batches / seconds."""
-    loader = Loader(rows, Order(len(rows), seed=0), batch_rows)
-    batches = max(1, min(200_000, len(rows)) // batch_rows // repeats)
-    speeds = []
-    for repeat in range(repeats):
-        start = time.perf_counter()
-        for n in range(repeat * batches, (repeat + 1) * batches):
-            loader.batch_at(n)
-        speeds.append(batches * batch_rows * rows.seq_len / (time.perf_counter() - start))
-    return float(np.median(speeds))
+def loader_tokens_per_second(rows, batch_rows: list[int], repeats: int) -> dict[str, common.Times]:
+    """T * batch_rows * batches / seconds of each batch size, in turn."""
+    calls = {}
+    batches = {n: max(1, min(200_000, len(rows)) // n // repeats) for n in batch_rows}
+    for n in batch_rows:
+        calls[n] = functools.partial(read, Loader(rows, Order(len(rows), seed=0), n), itertools.count(), batches[n])
+    times = common.interleave(calls, repeats, warmup=0)
+    return {
+        f"batch_rows={n}": common.Times.of(batches[n] * n * rows.seq_len / seconds for seconds in times[n].all)
+        for n in batch_rows
+    }
+
+
+def read(loader: Loader, places: Iterator[int], batches: int) -> None:
+    """The next `batches` batches."""
+    for n in itertools.islice(places, batches):
+        loader.batch_at(n)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--source", default="python:")
     parser.add_argument("--text_field", default="text")
     parser.add_argument("--domain_field", default="")
@@ -53,7 +63,6 @@ def main() -> None:
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--batch_rows", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--cores", type=int, default=0, help="0: all")
-    parser.add_argument("--out", help="also write the result to this file")
     args = parser.parse_args()
 
     fields = {"text_field": args.text_field, "domain_field": args.domain_field}
@@ -70,6 +79,7 @@ def main() -> None:
         prepared, prepare_seconds = timed(prepare, source, **options)
         _, open_again_seconds = timed(prepare, source, **options)
         tokens = prepared.train.tokens + prepared.validation.tokens
+        speeds = loader_tokens_per_second(prepared.train, args.batch_rows, args.rounds)
         result = {
             "source": source.describe(),
             "megabytes_of_text": megabytes,
@@ -87,18 +97,13 @@ def main() -> None:
             "read_megabytes_per_second": megabytes / read_seconds,
             "prepare_megabytes_per_second": megabytes / prepare_seconds,
             "prepare_tokens_per_second": tokens / prepare_seconds,
-            "loader_tokens_per_second": {
-                f"batch_rows={n}": loader_tokens_per_second(prepared.train, n) for n in args.batch_rows
-            },
+            "loader_tokens_per_second": {name: speed.median for name, speed in speeds.items()},
+            "loader_tokens_per_second_range": {name: [speed.low, speed.high] for name, speed in speeds.items()},
             "cores": args.cores or os.cpu_count(),
             "load_average": os.getloadavg()[0],
             "machine": f"{platform.machine()}, {platform.platform()}, Python {platform.python_version()}",
         }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        with open(args.out, "w") as file:
-            file.write(text + "\n")
+    common.finish(args, result)
 
 
 if __name__ == "__main__":

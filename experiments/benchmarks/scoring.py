@@ -9,21 +9,23 @@ Prints one JSON object. Four things are timed in turn, `--repeats` times, on the
     score       the scoring step: loss and rank of each token without a [batch, time, vocabulary] array, SALT's score
     end_to_end  the same as `slm-assist score` runs it: rows read, checked and moved, results read and written
 
+Expected FLOPs: one forward pass, head included, for each of the four (slm_assist/flops.py). Expected bytes: `score`
+holds a block of float32 logits (`loss.block_bytes`) where `forward` holds batch x time x vocabulary of them.
+
 Throughput is relative to `forward`, and to `forward` in the tiles that the scoring step uses (`forward_tiled`),
 which on CPUs is faster than one large array; each figure is the median over the repeats of the ratio within a repeat.
 On CPUs the same ratios of process time are given too: they hold on a machine that has other work.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
 import os
 import platform
 import tempfile
 import time
 from pathlib import Path
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +110,7 @@ def measure(job: scoring.Job, params: dict, repeats: int) -> dict[str, list[tupl
     count = job.meta["span_rows"] // batch_rows
     where = sharding.batch_sharding(job.mesh)
     batches = [scoring.put(job.rows.get(np.arange(n * batch_rows, (n + 1) * batch_rows)), where) for n in range(count)]
-    block_bytes = blocked.BLOCK_BYTES_CPU if jax.default_backend() == "cpu" else blocked.BLOCK_BYTES
+    block_bytes = blocked.default_block_bytes(4 * model.config.vocab_size)
     tokens = batch_rows * job.rows.seq_len
     tile = next(t for t in range(max(1, min(tokens, block_bytes // (4 * model.config.vocab_size))), 0, -1)
                 if tokens % t == 0)  # fmt: skip
@@ -151,7 +153,7 @@ def medians(values: dict[str, list[float]]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, rounds=None)
     parser.add_argument("--source", default="python:")
     parser.add_argument("--vocabulary", default="", help="a vocabulary; default: one is learnt")
     parser.add_argument("--vocab_size", type=int, default=2048)
@@ -165,7 +167,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--cache_dir", default="", help="keeps the prepared rows; default: a temporary directory")
-    parser.add_argument("--out", help="also write the result to this file")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -196,10 +197,7 @@ def main() -> None:
         "load_average": os.getloadavg()[0],
         "jax": jax.__version__,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        Path(args.out).write_text(text + "\n")
+    common.finish(args, result)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ training run's order and keeps the best of every pool: here by the same scores, 
 With --run, an online run's own choice is compared with the offline list over the candidates it saw. JSON on stdout.
 """
 
-import argparse
-import json
 import sys
 
+import common
 import numpy as np
 
 from slm_assist import report
@@ -44,7 +43,7 @@ def by_pools(scores: np.ndarray, batch: int, factor: int, seed: int) -> tuple[np
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, rounds=None)
     parser.add_argument("scores")
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--batches", default="16,64,256,2048")
@@ -71,7 +70,7 @@ def main() -> int:
     except UserError as error:
         print(f"selection_overlap: error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result, indent=2))
+    common.finish(options, result)
     return 0
 
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from jax.sharding import Mesh
 
 from slm_assist import checkpoint, sharding
@@ -24,6 +26,20 @@ KEYS = {  # where the config names a role's run
 NEWEST, KEPT = -1, -2  # steps that are found out: the newest whole checkpoint, the one kept for scoring
 
 
+class Placement(NamedTuple):
+    """Where the parameters of helpers lie: the config's `mesh.helpers` and `mesh.helper_replicate_bytes`."""
+
+    kind: str = "auto"
+    replicate_bytes: int = 4 * 2**30
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict) -> "Placement":
+        return cls(config.mesh.helpers, config.mesh.helper_replicate_bytes)
+
+
+AUTO = Placement()
+
+
 @dataclasses.dataclass(frozen=True)
 class Helper:
     """A small LM in a role."""
@@ -32,6 +48,7 @@ class Helper:
     run: RunDir
     step: int  # the saved step it is taken from; -1 until `load` has found the newest whole one
     model: Transformer
+    placement: Placement = AUTO
 
     def facts(self) -> dict[str, Any]:
         """What config.json and the report say about it."""
@@ -45,19 +62,39 @@ class Helper:
         }
 
     def bytes(self) -> int:
-        """Memory of its parameters, on every device."""
+        """Size of its parameters."""
         return self.model.num_params() * jnp.dtype(self.model.dtype).itemsize
+
+    def device_bytes(self, mesh: Mesh) -> int:
+        """Memory of its parameters on one device."""
+        leaves = jax.tree.leaves(self.shapes(mesh))
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+    def is_split(self, mesh: Mesh) -> bool:
+        """Whether a device holds a part of its parameters only."""
+        kind, most = self.placement
+        return mesh.size > 1 and (kind == "fsdp" or (kind == "auto" and self.bytes() > most))
+
+    def where(self, mesh: Mesh) -> str:
+        """Its memory, for people."""
+        if not self.is_split(mesh):
+            return f"{self.bytes() / 1e6:,.1f} MB on every device"
+        part = self.device_bytes(mesh) / 1e6
+        return f"{self.bytes() / 1e6:,.1f} MB split over {mesh.size} devices, {part:,.1f} MB on each"
 
     def same(self, other: "Helper") -> bool:
         """Whether both are one checkpoint of one run."""
         return (self.run.path.resolve(), self.step) == (other.run.path.resolve(), other.step)
 
     def shapes(self, mesh: Mesh) -> Any:
-        """Shapes, dtypes and layout of its parameters: whole on every device, in the compute dtype."""
-        whole = sharding.replicated(mesh)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, self.model.dtype, sharding=whole), self.model.shapes()
-        )
+        """Shapes, dtypes and layout of its parameters, in the compute dtype: whole on every device, or split."""
+        whole, parts = sharding.replicated(mesh), self.is_split(mesh)
+
+        def one(names: sharding.Axes, x: Any) -> jax.ShapeDtypeStruct:
+            place = sharding.split(names, x, mesh) if parts else whole
+            return jax.ShapeDtypeStruct(x.shape, self.model.dtype, sharding=place)
+
+        return jax.tree.map(one, self.model.logical_axes(), self.model.shapes(), is_leaf=sharding.is_names)
 
     def load(self, mesh: Mesh, say: Callable[[str], None] = print) -> tuple["Helper", Any]:
         """The helper with the step that was found, and its parameters on the devices.
@@ -70,7 +107,15 @@ class Helper:
         return dataclasses.replace(self, step=step), params
 
 
-def find(role: str, directory: str, *, step: int, vocabulary: Vocabulary, dtype: jnp.dtype) -> Helper:
+def find(
+    role: str,
+    directory: str,
+    *,
+    step: int,
+    vocabulary: Vocabulary,
+    dtype: jnp.dtype,
+    placement: Placement = AUTO,
+) -> Helper:
     """The helper in a run's directory, checked against the student's vocabulary.
 
     Args:
@@ -79,6 +124,7 @@ def find(role: str, directory: str, *, step: int, vocabulary: Vocabulary, dtype:
       step: one of that run's saved steps, `NEWEST`, or `KEPT`.
       vocabulary: the student's.
       dtype: the dtype its parameters are kept and used in.
+      placement: where they lie.
 
     Raises:
       UserError: no such run or step, or vocabularies that differ.
@@ -92,7 +138,7 @@ def find(role: str, directory: str, *, step: int, vocabulary: Vocabulary, dtype:
             f"{KEYS[role]}={directory}: its vocabulary is not the student's ({difference}); train both with one "
             "data.vocabulary, and the same data.sentinels or data.objective"
         )
-    return Helper(role, run, step, model)
+    return Helper(role, run, step, model, placement)
 
 
 def open_run(role: str, directory: str, step: int = -1) -> RunDir:

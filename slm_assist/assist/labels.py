@@ -1,5 +1,6 @@
 """Labels: the next token (hard) and the small LM's predictions for the student's own inputs (soft)."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax
 from slm_assist.losses import Loss, TokenStats, blocked
 from slm_assist.losses.common import Weight
 from slm_assist.models import Transformer
+from slm_assist.sharding import constrain, helper_layout
 
 Batch = Mapping[str, jax.Array]
 ARRAYS = ("tokens", "targets", "segment_ids", "positions", "mask")  # of every batch, [B, T]; some have a prefix_mask
@@ -37,9 +39,32 @@ def hidden_and_head(model: Transformer, params: Any, batch: Batch) -> tuple[jax.
     return hidden_BxTxD, model.head(params)
 
 
-def token_stats(model: Transformer, params: Any, batch: Batch, *, block_bytes: int | None = None) -> TokenStats:
-    """(loss, rank) of every target of `batch` under `model`, [B, T] each; has no gradient."""
-    return stats_of(model, *jax.lax.stop_gradient(hidden_and_head(model, params, batch)), batch, block_bytes)
+def _logits(model: Transformer) -> dict[str, Any]:
+    """How the losses get from hidden states to logits."""
+    c = model.config
+    return {"softcap": c.logit_softcap, "logit_scale": c.logit_scale, "tied": c.tie_embeddings}
+
+
+def judge(
+    model: Transformer, params: Any, batch: Batch, *, helper: bool = True, block_bytes: int | None = None
+) -> tuple[TokenStats, jax.Array]:
+    """(loss, rank) of every target of `batch` under `model`, [B, T] each, and its last hidden states; no gradient.
+
+    Args:
+      helper: the model is frozen and has the helpers' layout; False: it is the one that is trained.
+    """
+    with helper_layout(_rows(batch)) if helper else contextlib.nullcontext():
+        rows = _laid_out(batch)
+        view = jax.lax.stop_gradient(hidden_and_head(model, params, rows))
+        stats = stats_of(model, *view, rows, block_bytes)
+    return TokenStats(*_laid_out(stats._asdict()).values()), constrain(view[0], "batch", "length", "act_embed")
+
+
+def token_stats(
+    model: Transformer, params: Any, batch: Batch, *, helper: bool = True, block_bytes: int | None = None
+) -> TokenStats:
+    """`judge` without the hidden states."""
+    return judge(model, params, batch, helper=helper, block_bytes=block_bytes)[0]
 
 
 def stats_of(
@@ -50,8 +75,7 @@ def stats_of(
         hidden_BxTxD,
         head_DxV,
         batch["targets"],
-        softcap=model.config.logit_softcap,
-        logit_scale=model.config.logit_scale,
+        **_logits(model),
         block_bytes=block_bytes,
     )
 
@@ -63,7 +87,18 @@ def teach(teacher: Transformer, params: Any, batch: Batch) -> SoftLabels:
     """
     if TEACHER_HIDDEN in batch:
         return SoftLabels(batch[TEACHER_HIDDEN], teacher.head(params))
-    return SoftLabels(*jax.lax.stop_gradient(hidden_and_head(teacher, params, batch)))
+    with helper_layout(_rows(batch)):
+        hidden_BxTxD, head_DxV = jax.lax.stop_gradient(hidden_and_head(teacher, params, _laid_out(batch)))
+    return SoftLabels(constrain(hidden_BxTxD, "batch", "length", "act_embed"), head_DxV)
+
+
+def _rows(batch: Batch) -> int:
+    return batch["tokens"].shape[0]
+
+
+def _laid_out(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Arrays [B, T] on the layout in force; anything else as it is."""
+    return {name: constrain(x, "batch", "length") if x.ndim == 2 else x for name, x in arrays.items()}
 
 
 TEACHER_HIDDEN = "teacher_hidden"
@@ -83,8 +118,7 @@ def next_token_loss(
         *view,
         batch["targets"],
         counted(*view) if counted else batch["mask"],
-        softcap=student.config.logit_softcap,
-        logit_scale=student.config.logit_scale,
+        **_logits(student),
         **options,
     )
 
@@ -112,9 +146,7 @@ def soft_label_loss(
         batch["targets"],
         counted(*view) if counted else batch["mask"],
         weight=weight,
-        softcap=student.config.logit_softcap,
-        logit_scale=student.config.logit_scale,
-        teacher_softcap=teacher.config.logit_softcap,
-        teacher_logit_scale=teacher.config.logit_scale,
+        **_logits(student),
+        **{f"teacher_{name}": value for name, value in _logits(teacher).items()},
         **options,
     )

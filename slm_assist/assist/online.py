@@ -127,11 +127,10 @@ def _scores(chooser: Filter, candidates: Batch, params: Mapping[str, Any]) -> tu
         stats: dict[str, TokenStats] = {}
         hidden = None
         for role in chooser.score.roles:
-            model = chooser.models[role]
-            view = jax.lax.stop_gradient(labels.hidden_and_head(model, params[role], part))
-            stats[role] = labels.stats_of(model, *view, part, chooser.block_bytes)
+            options = {"helper": role != "learner", "block_bytes": chooser.block_bytes}
+            stats[role], seen = labels.judge(chooser.models[role], params[role], part, **options)
             if chooser.share_teacher and role == "scorer":
-                hidden = view[0]
+                hidden = seen
         return chooser.score(stats, part["mask"]), hidden
 
     # Every part takes every n-th row, so that each device keeps the rows it has.

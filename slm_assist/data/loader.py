@@ -11,7 +11,6 @@ import numpy as np
 from slm_assist.data.objectives import causal
 from slm_assist.data.order import row_keys
 from slm_assist.data.rows import Rows
-from slm_assist.errors import UserError
 
 
 class RowOrder(Protocol):
@@ -23,7 +22,7 @@ class RowOrder(Protocol):
 
 
 class Loader:
-    """`batch_at(n)` for rows in a given order; each process of a multi-host run gets its slice.
+    """`batch_at(n)` for rows in a given order; each process of a multi-host run gets its rows.
 
     Args:
       rows: the prepared rows.
@@ -35,10 +34,7 @@ class Loader:
       seed: of the objective.
       causal_too: adds what `objectives.causal` gives, each name with `causal_` in front: rows are scored by
         it whatever the objective is.
-      process_index, process_count: this host and how many there are; each gets a contiguous part.
-
-    Raises:
-      UserError: the hosts do not divide the batch.
+      local: which of a batch's `batch_rows` rows this host reads, int64, ascending; by default all.
     """
 
     def __init__(
@@ -52,16 +48,12 @@ class Loader:
         objective: Callable[..., dict[str, np.ndarray]] = causal,
         seed: int = 0,
         causal_too: bool = False,
-        process_index: int = 0,
-        process_count: int = 1,
+        local: np.ndarray | None = None,
     ):
-        if batch_rows < 1 or batch_rows % process_count:
-            raise UserError(f"a batch of {batch_rows} rows cannot be split over {process_count} hosts")
         self._rows, self._order, self._batch_rows = rows, order, batch_rows
         self._first_step, self._first_position = first_step, first_position
         self._objective, self._seed, self._causal_too = objective, seed, causal_too
-        self._local = batch_rows // process_count
-        self._offset = process_index * self._local
+        self._local = slice(None) if local is None else local
 
     def _positions(self, n: int) -> np.ndarray:
         """Positions of the whole batch of step n."""
@@ -71,16 +63,16 @@ class Loader:
         return np.arange(first, first + self._batch_rows, dtype=np.int64)
 
     def row_ids_at(self, n: int) -> np.ndarray:
-        """Row ids of the whole batch of step n, all hosts' parts one after another, int64 [B]; reads no row."""
+        """Row ids of the whole batch of step n, int64 [B]; reads no row."""
         return self._order.rows_at(self._positions(n))
 
     def batch_at(self, n: int) -> dict[str, np.ndarray]:
         """The batch of step n, whatever was asked before.
 
         Returns:
-          What `Rows.get` returns, for this host's B / process_count rows, and row_ids, int64.
+          What `Rows.get` returns, for this host's rows, and row_ids, int64.
         """
-        positions = self._positions(n)[self._offset : self._offset + self._local]
+        positions = self._positions(n)[self._local]
         row_ids = self._order.rows_at(positions)
         keys = row_keys(self._seed, self._order.epochs_at(positions), row_ids)
         objective = self._with_causal if self._causal_too else self._objective

@@ -4,14 +4,17 @@ Tokens are cut into tiles whose float32 logits fit in `block_bytes`; a batch tha
 gradient is wanted, the forward pass computes it tile by tile, since all of it is known there but a factor:
 
     error = dL/dlogits = p (1 + 2 z_loss lse) - (1 - w) e_y - w q,  then through softcap and scale
-    dhidden = error @ head^T,    dhead = sum over tiles of hidden^T @ error, in float32
+    dhidden = error @ head^T,    dhead = sum over groups of tiles of hidden^T @ error, in float32
 
 and the backward pass multiplies by the cotangent of `.total`. With student and teacher widths d_s and d_t
 that is 6 V d_s + 2 V d_t FLOPs a token; without a gradient, 2 V d_s + 2 V d_t. Matmuls take operands in the
-hidden states' dtype and accumulate in float32; everything between them is float32.
+hidden states' dtype and accumulate in float32; everything between them is float32, the error is rounded to that
+dtype before the matmuls.
 
 Under a mesh (`jax.set_mesh`) the tiles are cut inside `jax.shard_map`: each data shard runs only its own, the
-vocabulary may be split over `VOCAB_AXIS`, and the head's gradient is reduced once, after the last tile.
+vocabulary may be split over `VOCAB_AXIS`, and the head's gradient is reduced once, after the last tile: scattered
+over the axis that splits the head's width, then summed over the others. Where devices share the vocabulary, a tile
+needs two small messages among them: what is largest, then all sums over the vocabulary.
 """
 
 import dataclasses
@@ -28,15 +31,8 @@ from slm_assist import sharding
 from slm_assist.errors import UserError
 from slm_assist.losses.common import Loss, TokenStats, Weight, check_top_k, collect
 from slm_assist.losses.distribution import Span
-from slm_assist.losses.tile import Formula, LogitForm, Tokens, one_tile
-
-# Small enough for a CPU's caches; on accelerators large, as each tile passes once over the head's gradient.
-BLOCK_BYTES_CPU, BLOCK_BYTES = 16 * 2**20, 512 * 2**20
-
-
-def default_block_bytes() -> int:
-    """What `block_bytes=None` stands for on this machine."""
-    return BLOCK_BYTES_CPU if jax.default_backend() == "cpu" else BLOCK_BYTES
+from slm_assist.losses.tile import Formula, LogitForm, Tokens, gradients, one_tile
+from slm_assist.losses.tiling import BLOCK_BYTES_CPU, default_block_bytes, tiling
 
 
 def cross_entropy(
@@ -48,6 +44,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
+    tied: bool = False,
     block_bytes: int | None = None,
     per_token: bool = False,
 ) -> Loss:
@@ -61,15 +58,18 @@ def cross_entropy(
       z_loss: coefficient of logsumexp^2.
       softcap: logits become softcap * tanh(logits / softcap); 0 for none.
       logit_scale: multiplies the logits before the cap.
-      block_bytes: the most that the live float32 logits of a tile may take, on a device; a tile has at least
-        one token. None: 16 MiB on a CPU, 512 MiB elsewhere.
+      tied: the head is the transpose of a table of embeddings [V, d]: it is then used as the table lies in memory, and
+        CPUs need not copy it, nor its gradient.
+      block_bytes: the most that the live float32 logits of a tile may take, on a device, and as much again for errors
+        narrower than float32; a tile has at least one token. None: 16 MiB on a CPU, elsewhere 512 MiB or what 512
+        tokens need.
       per_token: return [B, T] terms; their gradient costs a second pass over the logits.
 
     Raises:
       UserError: shapes that do not fit together.
     """
     student = _Model(hidden_BxTxD, head_DxV)
-    plan = _Plan(Formula(LogitForm(softcap, logit_scale), z_loss=float(z_loss)))
+    plan = _Plan(Formula(LogitForm(softcap, logit_scale, tied), z_loss=float(z_loss)))
     return _loss(plan, student, _Frozen(target_BxT, mask_BxT), None, block_bytes, per_token)
 
 
@@ -89,6 +89,8 @@ def distillation(
     logit_scale: float = 1.0,
     teacher_softcap: float = 0.0,
     teacher_logit_scale: float = 1.0,
+    tied: bool = False,
+    teacher_tied: bool = False,
     block_bytes: int | None = None,
     per_token: bool = False,
 ) -> Loss:
@@ -101,7 +103,7 @@ def distillation(
         tokens of one tile [N]. It may close over traced values, but not over ones being differentiated.
       temperature: divides the teacher's logits (after cap and scale); 0.25 sharpens, 4 softens.
       top_k: learn only the teacher's k likeliest tokens, renormalised, as in `dense.distillation`; 0: all.
-      teacher_softcap, teacher_logit_scale: of the teacher's logits.
+      teacher_softcap, teacher_logit_scale, teacher_tied: of the teacher's logits.
       block_bytes: here two models' logits are live.
       Others: as in `cross_entropy`.
 
@@ -113,8 +115,8 @@ def distillation(
     student = _Model(hidden_BxTxD, head_DxV)
     teacher = jax.lax.stop_gradient(_Model(teacher_hidden_BxTxE, teacher_head_ExV))
     formula = Formula(
-        student=LogitForm(softcap, logit_scale),
-        teacher=LogitForm(teacher_softcap, teacher_logit_scale),
+        student=LogitForm(softcap, logit_scale, tied),
+        teacher=LogitForm(teacher_softcap, teacher_logit_scale, teacher_tied),
         temperature=float(temperature),
         top_k=check_top_k(top_k, teacher_head_ExV.shape[1]),
         z_loss=float(z_loss),
@@ -129,6 +131,7 @@ def token_stats(
     *,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
+    tied: bool = False,
     block_bytes: int | None = None,
 ) -> TokenStats:
     """(loss, rank) of every target, [B, T] each; arguments as in `cross_entropy`. Has no gradient."""
@@ -136,7 +139,7 @@ def token_stats(
         block_bytes = BLOCK_BYTES_CPU // 2  # no gradient of the head to add to at each tile: smaller ones are faster
     student = jax.lax.stop_gradient(_Model(hidden_BxTxD, head_DxV))
     frozen = _Frozen(target_BxT, jnp.ones(target_BxT.shape, jnp.float32))
-    plan = _Plan(Formula(LogitForm(softcap, logit_scale)))
+    plan = _Plan(Formula(LogitForm(softcap, logit_scale, tied)))
     terms, _ = _run(*_prepare(plan, student, frozen, None, block_bytes))
     return TokenStats(terms["cross_entropy"], terms["rank"])
 
@@ -147,8 +150,11 @@ class _Plan:
 
     formula: Formula
     tile: int = 1  # tokens
+    tiles: int = 1  # in a group
+    groups: int = 1
     sharded: bool = False
     batch_axes: tuple[str, ...] = ()
+    width_axes: tuple[str, ...] = ()  # those of the batch axes that also split the head's width
     vocab_axis: str | None = None
 
 
@@ -172,17 +178,24 @@ def _prepare(plan: _Plan, student: _Model, frozen: _Frozen, weight: Weight | Non
     _check(student, frozen, (batch, length))
     mesh = sharding.ambient_mesh()
     if mesh is not None and mesh.size > 1 and AxisType.Manual not in mesh.axis_types:
-        batch_axes = sharding.axes_on(mesh, sharding.BATCH_AXES, batch)
-        vocab_axes = sharding.axes_on(mesh, (sharding.VOCAB_AXIS,), vocab)
+        batch_axes = sharding.axes_on(mesh, sharding.axes_of("batch"), batch)
+        vocab_axes = sharding.axes_on(mesh, sharding.axes_of("vocab"), vocab)
         batch //= math.prod(mesh.shape[name] for name in batch_axes)
         vocab //= math.prod(mesh.shape[name] for name in vocab_axes)
+        width_axes = sharding.axes_on(mesh, sharding.RULES["embed"], student.head.shape[0])
         plan = dataclasses.replace(
-            plan, sharded=True, batch_axes=batch_axes, vocab_axis=vocab_axes[0] if vocab_axes else None
+            plan,
+            sharded=True,
+            batch_axes=batch_axes,
+            width_axes=tuple(name for name in width_axes if name in batch_axes),
+            vocab_axis=vocab_axes[0] if vocab_axes else None,
         )
     models = 1 if frozen.teacher is None else 2
     if block_bytes is None:
-        block_bytes = default_block_bytes()
-    plan = dataclasses.replace(plan, tile=_tile_size(batch * length, 4 * vocab * models, block_bytes))
+        block_bytes = default_block_bytes(4 * vocab * models)
+    error_size = student.hidden.dtype.itemsize
+    tile, tiles, groups = tiling(batch * length, vocab, models, error_size, block_bytes)
+    plan = dataclasses.replace(plan, tile=tile, tiles=tiles, groups=groups)
 
     frozen = frozen._replace(mask=jax.lax.stop_gradient(frozen.mask.astype(jnp.float32)))
     if callable(weight):
@@ -207,16 +220,6 @@ def _check(student: _Model, frozen: _Frozen, tokens: tuple[int, int]) -> None:
             )
     if frozen.mask.shape != tokens:
         raise UserError(f"mask {frozen.mask.shape} does not fit targets {tokens}: pass one entry a target")
-
-
-def _tile_size(tokens: int, token_bytes: int, block_bytes: int) -> int:
-    """Tokens in a tile: all, or as even a division as multiples of 8 (which suit the hardware) allow."""
-    most = max(1, block_bytes // token_bytes)
-    if tokens <= most:
-        return max(1, tokens)
-    step = 8 if most >= 8 else 1
-    tiles = -(-tokens // (most // step * step))
-    return -(-tokens // (tiles * step)) * step
 
 
 # The gradient rules.
@@ -287,15 +290,27 @@ def _run_mesh(plan: _Plan, student: _Model, frozen: _Frozen, scale_BxT: jax.Arra
     tokens = Tokens(student.hidden, frozen.target, keep, teacher_hidden, frozen.weight, scale_BxT)
     # Cast before the shards gather their heads: half the traffic in bfloat16.
     heads = [model.head.astype(model.hidden.dtype) for model in (student, teacher) if model is not None]
+    forms = [form for form in (plan.formula.student, plan.formula.teacher) if form is not None]
     run = partial(_run_shard, plan)
     if plan.sharded:
-        rows, columns = P(plan.batch_axes or None), P(None, plan.vocab_axis)
-        specs = {"in_specs": (rows, columns), "out_specs": (rows, _Model(rows, columns))}
+        rows = P(plan.batch_axes or None)
+        columns = [_head_spec(form, None, plan.vocab_axis) for form in forms]
+        dhead = _head_spec(forms[0], plan.width_axes or None, plan.vocab_axis)
+        specs = {"in_specs": (rows, columns), "out_specs": (rows, _Model(rows, dhead))}
         run = jax.shard_map(run, check_vma=False, **specs)
-    terms, gradient = run(tokens, heads)
+    terms, gradient = run(tokens, [_turned(form, head) for form, head in zip(forms, heads, strict=True)])
     if scale_BxT is None:
         return terms, None
-    return terms, _Model(gradient.hidden, gradient.head.astype(student.head.dtype))
+    return terms, _Model(gradient.hidden, _turned(forms[0], gradient.head).astype(student.head.dtype))
+
+
+def _turned(form: LogitForm, head: jax.Array) -> jax.Array:
+    """A head [d, V] as its form has it, or back."""
+    return head.T if form.tied else head
+
+
+def _head_spec(form: LogitForm, width: tuple[str, ...] | None, vocab: str | None) -> P:
+    return P(vocab, width) if form.tied else P(width, vocab)
 
 
 _run_mesh_compiled = jax.jit(_run_mesh, static_argnums=0)
@@ -303,28 +318,56 @@ _run_mesh_compiled = jax.jit(_run_mesh, static_argnums=0)
 
 def _run_shard(plan: _Plan, tokens: Tokens, heads: list[jax.Array]):
     """`_run` for the tokens and the part of the vocabulary that one device holds."""
-    shape, size = tokens.target.shape, heads[0].shape[1]
+    shape, form = tokens.target.shape, plan.formula.student
+    size = heads[0].shape[form.head.index("v")]
     span = Span(jax.lax.axis_index(plan.vocab_axis) * size, plan.vocab_axis) if plan.vocab_axis else Span()
-    count = math.prod(shape)
-    tiles = -(-count // plan.tile)
-    tokens = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), tokens)
-    run_tile = partial(one_tile, plan.formula, span, heads)
-    if tiles == 1:
-        terms, dhidden, dhead = run_tile(tokens)
+    count, groups, tiles = math.prod(shape), plan.groups, plan.tiles
+    tokens = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), tokens).masked()
+    if tokens.scale is None:
+        groups, tiles = groups * tiles, 1  # no errors to keep together
+    run_group = partial(_run_group, plan.formula, span, heads, tiles)
+    if groups == 1:
+        terms, dhidden, dhead = run_group(_padded(tokens, tiles * plan.tile))
     else:
-        padding = tiles * plan.tile - count  # keep = False
-        pad = lambda x: jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
-        tokens = jax.tree.map(lambda x: pad(x).reshape(tiles, plan.tile, *x.shape[1:]), tokens)
 
-        def step(dhead, tile):
-            terms, dhidden, dhead_tile = run_tile(tile)
-            return dhead if dhead_tile is None else dhead + dhead_tile, (terms, dhidden)
+        def step(dhead, group):
+            terms, dhidden, dhead_group = run_group(group)
+            return dhead if dhead_group is None else dhead + dhead_group, (terms, dhidden)
 
         start = None if tokens.scale is None else jnp.zeros(heads[0].shape, jnp.float32)
+        tokens = _split(_padded(tokens, groups * tiles * plan.tile), groups)
         dhead, (terms, dhidden) = jax.lax.scan(step, start, tokens)
-        terms, dhidden = jax.tree.map(lambda x: x.reshape(tiles * plan.tile, *x.shape[2:])[:count], (terms, dhidden))
-    terms = jax.tree.map(lambda x: x.reshape(shape), terms)
+        terms, dhidden = jax.tree.map(_join, (terms, dhidden))
+    terms, dhidden = jax.tree.map(lambda x: x[:count].reshape(*shape, *x.shape[1:]), (terms, dhidden))
     if dhead is None:
         return terms, _Model(None, None)
-    dhidden = span.join(dhidden).astype(tokens.hidden.dtype).reshape(*shape, -1)
-    return terms, _Model(dhidden, jax.lax.psum(dhead, plan.batch_axes) if plan.batch_axes else dhead)
+    if span.axis:
+        dhidden = jax.lax.psum(dhidden, span.axis).astype(tokens.hidden.dtype)
+    for axis in plan.width_axes:
+        dhead = jax.lax.psum_scatter(dhead, axis, scatter_dimension=form.head.index("d"), tiled=True)
+    others = tuple(name for name in plan.batch_axes if name not in plan.width_axes)
+    return terms, _Model(dhidden, jax.lax.psum(dhead, others) if others else dhead)
+
+
+def _run_group(formula: Formula, span: Span, heads: list[jax.Array], tiles: int, tokens: Tokens):
+    """(terms, dhidden, dhead) of a group of tiles: logits tile by tile, one matmul each for the gradients."""
+    run_tile = partial(one_tile, formula, span, heads)
+    if tiles == 1:
+        terms, error = run_tile(tokens)
+    else:
+        terms, error = jax.tree.map(_join, jax.lax.map(run_tile, _split(tokens, tiles)))
+    return terms, *((None, None) if error is None else gradients(formula.student, span, heads[0], tokens.hidden, error))
+
+
+def _padded(tokens: Tokens, count: int) -> Tokens:
+    """With tokens that are not kept at the end."""
+    more = count - len(tokens.target)
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)), tokens) if more else tokens
+
+
+def _split(tokens: Tokens, parts: int) -> Tokens:
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tokens)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, *x.shape[2:])

@@ -1,8 +1,8 @@
 """softmax of a tile of logits, of which a device may hold only a part of the vocabulary."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,26 +26,28 @@ class Span:
         """Of the entries of x, int32 [V]."""
         return self.start + jnp.arange(x_NxV.shape[-1], dtype=jnp.int32)
 
-    def sum(self, x_NxV: jax.Array) -> jax.Array:
-        """Over the whole vocabulary."""
-        return self.join(jnp.sum(x_NxV, axis=-1))
+    def join(self, partial_sums: Any) -> Any:
+        """A tree of [N] arrays, each summed over the devices that share the vocabulary: one message for all.
 
-    def sums(self, *arrays_NxV: jax.Array) -> list[jax.Array]:
-        """`sum` of each array, all in one pass, which on CPUs costs as much as for one of them."""
-        n, size = arrays_NxV[0].shape
-        whole = size // RUN * RUN
-        sums = [jnp.sum(x[:, whole:], axis=-1) for x in arrays_NxV]
-        if whole:
-            runs = _sum_last([x[:, :whole].reshape(n, whole // RUN, RUN) for x in arrays_NxV])
-            sums = [jnp.sum(x, axis=-1) + rest for x, rest in zip(runs, sums, strict=True)]
-        return [self.join(x) for x in sums]
+        Counts travel as float32, which is exact below 2^24.
+        """
+        leaves, tree = jax.tree.flatten(partial_sums)
+        if self.axis is None or not leaves:
+            return partial_sums
+        sums = jax.lax.psum(jnp.stack([x.astype(jnp.float32) for x in leaves]), self.axis)
+        return tree.unflatten([total.astype(x.dtype) for total, x in zip(sums, leaves, strict=True)])
 
-    def max(self, x_NxV: jax.Array) -> jax.Array:
-        top = jnp.max(x_NxV, axis=-1)
-        return top if self.axis is None else jax.lax.pmax(top, self.axis)
 
-    def join(self, partial_sum: jax.Array) -> jax.Array:
-        return partial_sum if self.axis is None else jax.lax.psum(partial_sum, self.axis)
+def sums(*arrays_NxV: jax.Array) -> list[jax.Array]:
+    """Over the last axis, all in one pass, which on CPUs costs as much as for one of them."""
+    n, size = arrays_NxV[0].shape
+    run = next((run for run in (RUN, RUN // 2, RUN // 4) if size % run == 0), RUN)  # rather none left over
+    whole = size // run * run
+    totals = [jnp.sum(x[:, whole:], axis=-1) for x in arrays_NxV]
+    if whole:
+        runs = _sum_last([x[:, :whole].reshape(n, whole // run, run) for x in arrays_NxV])
+        totals = [jnp.sum(x, axis=-1) + rest for x, rest in zip(runs, totals, strict=True)]
+    return totals
 
 
 def _sum_last(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
@@ -57,7 +59,8 @@ def _sum_last(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
 class Softmax:
     """softmax(z) for a tile of N tokens, or, given `inside`, its restriction to those entries, renormalised.
 
-    Everything that is exponentiated is relative to the largest logit, and the exponentials are shared.
+    Everything that is exponentiated is relative to the largest logit, and the exponentials are shared. Sums are those
+    over this device's part of the vocabulary, for `Span.join`.
     """
 
     def __init__(self, logits_NxV: jax.Array, top_N: jax.Array, span: Span, inside_NxV: jax.Array | None = None):
@@ -65,26 +68,9 @@ class Softmax:
         self.shifted = logits_NxV - top_N[:, None]
         self.exp = self._inside(jnp.exp(self.shifted))
 
-    @functools.cached_property
-    def sum_exp(self) -> jax.Array:
-        return self.span.sum(self.exp)
-
-    @property
-    def log_sum(self) -> jax.Array:
-        """logsumexp(z) - max(z), [N]."""
-        return jnp.log(self.sum_exp)
-
-    @property
-    def logsumexp(self) -> jax.Array:
-        return self.top + self.log_sum
-
-    def means(self, *arrays_NxV: jax.Array) -> list[jax.Array]:
-        """<p, x> of each array, [N]; what x is outside `inside` does not count."""
-        return [x / self.sum_exp for x in self.span.sums(*(self._inside(self.exp * x) for x in arrays_NxV))]
-
-    @property
-    def entropy(self) -> jax.Array:
-        return self.log_sum - self.means(self.shifted)[0]
+    def products(self, *arrays_NxV: jax.Array) -> list[jax.Array]:
+        """The normaliser and <exp, x> of each array, [N]; what x is outside `inside` does not count."""
+        return sums(self.exp, *(self._inside(self.exp * x) for x in arrays_NxV))
 
     def tempered(self, temperature: float, top_k: int) -> "Softmax":
         """softmax(z / temperature) over the `top_k` largest entries (0: all), equal ones by rising id."""
@@ -102,50 +88,86 @@ class Softmax:
 
 
 class Distribution(Softmax):
-    """softmax(z), and how it sees the targets y; computed as it is asked for."""
+    """softmax(z), and how it sees the targets y; z_y [N] is NaN where y is no token of the vocabulary."""
 
-    def __init__(self, logits_NxV: jax.Array, target_N: jax.Array, span: Span):
-        super().__init__(logits_NxV, span.max(logits_NxV), span)
-        self.target = target_N
+    def __init__(self, logits_NxV, top_N, span: Span, target_N: jax.Array, target_logit_N: jax.Array):
+        super().__init__(logits_NxV, top_N, span)
+        self.target, self.target_logit = target_N, target_logit_N
 
     def is_target(self) -> jax.Array:
         """One-hot y, bool [N, V]."""
         return self.span.ids(self.logits) == self.target[:, None]
 
-    @functools.cached_property
-    def target_logit(self) -> jax.Array:
-        """z_y, [N], as the matmul gave it; NaN where y is no token of the vocabulary."""
-        size = self.logits.shape[-1]
-        local = self.target - self.span.start
-        here = (local >= 0) & (local < size)
-        z_y = jnp.take_along_axis(self.logits, jnp.where(here, local, 0)[:, None], axis=-1)[:, 0]
-        found = self.span.join(here.astype(jnp.int32))
-        return jnp.where(found > 0, self.span.join(jnp.where(here, z_y, 0.0)), jnp.nan)
+    def counts(self) -> list[jax.Array]:
+        """The normaliser and the rank, [N] each: whoever wants one wants the other, and one pass gives both."""
+        z, z_y = self.logits, self.target_logit[:, None]
+        behind = (z < z_y) | ((z == z_y) & (self.span.ids(z) >= self.target[:, None]))
+        return sums(self.exp, (~behind).astype(jnp.int32))
+
+    def seen(self, sum_exp_N: jax.Array, rank_N: jax.Array) -> "Seen":
+        """Given the joined `counts`."""
+        return Seen(self.top, self.target_logit, sum_exp_N, rank_N)
+
+
+class Seen(NamedTuple):
+    """What a distribution says of its tokens, [N] each.
+
+    Attributes:
+      top: the largest logit.
+      target_logit: as the matmul gave it.
+      sum_exp: the normaliser, relative to `top`.
+      rank: #{v != y: z_v > z_y} + #{v < y : z_v = z_y}, int32; V where z_y is NaN, so never "correct".
+    """
+
+    top: jax.Array
+    target_logit: jax.Array
+    sum_exp: jax.Array
+    rank: jax.Array
+
+    @property
+    def log_sum(self) -> jax.Array:
+        """logsumexp(z) - max(z)."""
+        return jnp.log(self.sum_exp)
+
+    @property
+    def logsumexp(self) -> jax.Array:
+        return self.top + self.log_sum
 
     @property
     def loss(self) -> jax.Array:
-        """-log p_y, [N]."""
+        """-log p_y."""
         return self.log_sum - (self.target_logit - self.top)
-
-    @property
-    def sum_exp(self) -> jax.Array:
-        return self._counts[0]
-
-    @property
-    def rank(self) -> jax.Array:
-        """#{v != y: z_v > z_y} + #{v < y: z_v = z_y}, int32 [N]; V where z_y is NaN, so never "correct"."""
-        return self._counts[1]
-
-    @functools.cached_property
-    def _counts(self) -> list[jax.Array]:
-        """The normaliser and the rank: whoever wants one wants the other, and one pass gives both."""
-        z, z_y = self.logits, self.target_logit[:, None]
-        behind = (z < z_y) | ((z == z_y) & (self.span.ids(z) >= self.target[:, None]))
-        return self.span.sums(self.exp, (~behind).astype(jnp.int32))
 
     @property
     def top_probability(self) -> jax.Array:
         return 1.0 / self.sum_exp
+
+    def entropy(self, product_N: jax.Array) -> jax.Array:
+        """Given the joined <exp, shifted>."""
+        return self.log_sum - product_N / self.sum_exp
+
+
+def distributions(logits_NxV: Sequence[jax.Array], target_N: jax.Array, span: Span) -> list[Distribution]:
+    """One for each model; where devices share the vocabulary, what they must tell each other first is one message."""
+    size = logits_NxV[0].shape[-1]
+    local = target_N - span.start
+    here = (local >= 0) & (local < size)
+    known = here
+    at = jnp.where(here, local, 0)[:, None]
+    told = [jnp.max(z, axis=-1) for z in logits_NxV]
+    told += [jnp.take_along_axis(z, at, axis=-1)[:, 0] for z in logits_NxV]
+    if span.axis is not None:
+        known = (target_N >= 0) & (target_N < size * jax.lax.axis_size(span.axis))
+        told = [jnp.where(here, x, 0.0) if i >= len(logits_NxV) else x for i, x in enumerate(told)]
+        # Gathered rather than reduced: largest logits and targets' logits in one go, and a NaN stays one.
+        everyone = jax.lax.all_gather(jnp.stack(told), span.axis, axis=1)
+        tops, targets = jnp.split(everyone, 2)
+        told = [*jnp.max(tops, axis=1), *jnp.sum(targets, axis=1)]
+    tops, targets = told[: len(logits_NxV)], told[len(logits_NxV) :]
+    return [
+        Distribution(z, top, span, target_N, jnp.where(known, z_y, jnp.nan))
+        for z, top, z_y in zip(logits_NxV, tops, targets, strict=True)
+    ]
 
 
 GROUP = 32  # entries; of 8 to 64 the fastest or near it, for V from 2048 to 262144
@@ -161,7 +183,9 @@ def kth_largest(x_NxV: jax.Array, k: int, span: Span = Span()) -> tuple[jax.Arra
     values, ids = _top_k(x_NxV, min(k, x_NxV.shape[-1]))
     if span.axis is not None:
         # Shard after shard, each in order: of equal values the one with the lower id still comes first.
-        values, ids = (jax.lax.all_gather(a, span.axis, axis=1, tiled=True) for a in (values, ids + span.start))
+        both = jnp.stack([jax.lax.bitcast_convert_type(values, jnp.int32), ids + span.start])
+        values, ids = jax.lax.all_gather(both, span.axis, axis=2, tiled=True)
+        values = jax.lax.bitcast_convert_type(values, jnp.float32)
         values, at = _plain_top_k(values, k)
         ids = jnp.take_along_axis(ids, at, axis=1)
     return values[:, -1], ids[:, -1]

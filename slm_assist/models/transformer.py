@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from slm_assist.errors import UserError, one_of
-from slm_assist.models.attention import attend
+from slm_assist.models.attention import BACKENDS, attend
 from slm_assist.models.config import ModelConfig
 from slm_assist.sharding import constrain
 
@@ -77,6 +77,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     dtype: Any
+    backend: str
     window: int
 
     @nn.compact
@@ -95,6 +96,7 @@ class Attention(nn.Module):
             segment_ids=context.segment_ids,
             prefix_mask=context.prefix_mask,
             window=self.window,
+            backend=self.backend,
         )
         mixed_BxTxNxH = constrain(mixed_BxTxNxH, "batch", "length", "heads", "head_dim")
         write = named(fan_in(2, 1 / (2 * c.num_layers)), "heads", "head_dim", "embed")
@@ -128,6 +130,7 @@ class Layer(nn.Module):
 
     config: ModelConfig
     dtype: Any
+    backend: str
     kind: str
 
     @nn.compact
@@ -136,7 +139,7 @@ class Layer(nn.Module):
         norm = functools.partial(RMSNorm, c.norm_eps, self.dtype)
         window = c.window if self.kind == "local" else 0
         y_BxTxD = norm(name="attention_norm")(x_BxTxD)
-        x_BxTxD += Attention(c, self.dtype, window, name="attention")(y_BxTxD, context)
+        x_BxTxD += Attention(c, self.dtype, self.backend, window, name="attention")(y_BxTxD, context)
         x_BxTxD = constrain(x_BxTxD, "batch", "length", "act_embed")
         y_BxTxD = norm(name="mlp_norm")(x_BxTxD)
         x_BxTxD += Mlp(c, self.dtype, name="mlp")(y_BxTxD)
@@ -151,6 +154,7 @@ class Group(nn.Module):
 
     config: ModelConfig
     dtype: Any
+    backend: str
     remat: str
     taps: tuple[int, ...]
 
@@ -159,7 +163,7 @@ class Group(nn.Module):
         tapped = {}
         for position, kind in enumerate(self.config.pattern):
             layer = rematerialised(Layer, self.remat, in_scan=True)
-            x_BxTxD = layer(self.config, self.dtype, kind, name=f"layer_{position}")(x_BxTxD, context)
+            x_BxTxD = layer(self.config, self.dtype, self.backend, kind, name=f"layer_{position}")(x_BxTxD, context)
             if position in self.taps:
                 tapped[position] = x_BxTxD
         return x_BxTxD, tapped
@@ -171,6 +175,7 @@ class Decoder(nn.Module):
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    backend: str = "xla"
 
     @nn.compact
     def __call__(self, tokens_BxT, segment_ids, positions_BxT, prefix_mask, taps):
@@ -205,7 +210,7 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         positions = tuple(sorted({tap % size for tap in taps}))
-        groups = scan(c, self.dtype, self.remat, positions, name="groups")
+        groups = scan(c, self.dtype, self.backend, self.remat, positions, name="groups")
         x_BxTxD, tapped = groups(x_BxTxD, context)
         return x_BxTxD, {tap: tapped[tap % size][tap // size] for tap in taps}
 
@@ -215,7 +220,7 @@ class Decoder(nn.Module):
         for index in range(c.num_layers):
             layer = rematerialised(Layer, self.remat, in_scan=False)
             kind = c.pattern[index % len(c.pattern)]
-            x_BxTxD = layer(c, self.dtype, kind, name=f"layer_{index}")(x_BxTxD, context)
+            x_BxTxD = layer(c, self.dtype, self.backend, kind, name=f"layer_{index}")(x_BxTxD, context)
             if index in taps:
                 tapped[index] = x_BxTxD
         return x_BxTxD, tapped
@@ -258,18 +263,21 @@ class Transformer:
       config: the shape.
       dtype: compute dtype; parameters are created in float32 and cast where they are used.
       remat: "none", "full" or "dots", see `rematerialised`.
+      attention: the backend of attention, as `attention.choose` gives it.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    attention: str = "xla"
 
     def __post_init__(self):
         one_of("remat", self.remat, REMAT)
+        one_of("attention", self.attention, BACKENDS)
 
     @property
     def module(self) -> Decoder:
-        return Decoder(self.config, self.dtype, self.remat)
+        return Decoder(self.config, self.dtype, self.remat, self.attention)
 
     def init(self, key: jax.Array) -> Params:
         """New parameters; a pure function of `key` that can be jitted or shape-evaluated."""
@@ -277,7 +285,9 @@ class Transformer:
 
     def _boxed(self, key: jax.Array) -> Any:
         token = jnp.zeros((1, 1), jnp.int32)
-        return self.module.init(key, token, None, token, None, ())["params"]
+        # The parameters do not depend on how attention is computed, and one token is no row for a kernel.
+        plain = dataclasses.replace(self, attention="xla").module
+        return plain.init(key, token, None, token, None, ())["params"]
 
     def apply(
         self,

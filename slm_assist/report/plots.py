@@ -11,8 +11,8 @@ COLOURS = {SMALL: "#8c8c8c", BASELINE: "#0072B2", RKD: "#D98200", SALT: "#009E73
            OTHER: "#CC79A7"}  # fmt: skip
 SPARE_COLOURS = ("#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B8A800")
 MARKERS = {SMALL: "v", BASELINE: "s", RKD: "^", SALT: "o", SALT_DS: "P", OTHER: "D"}
-PHASE_COLOURS = {"compile": "#BBBBBB", "stage1": "#009E73", "stage2": "#0072B2", "validation": "#F0E442",
-                 "save": "#CC79A7"}  # fmt: skip
+PHASE_COLOURS = {"start": "#DDDDDD", "compile": "#BBBBBB", "stage1": "#009E73", "stage2": "#0072B2",
+                 "validation": "#F0E442", "save": "#CC79A7"}  # fmt: skip
 STYLE = {
     "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#e6e6e6", "grid.linewidth": 0.8, "axes.edgecolor": "#888888", "axes.axisbelow": True,

@@ -1,4 +1,4 @@
-"""Attention over packed rows: the definition, in plain XLA, that faster backends have to match."""
+"""Attention over packed rows in plain XLA: the definition that the kernels have to match."""
 
 import jax
 import jax.numpy as jnp
