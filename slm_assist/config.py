@@ -77,7 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.loss = ml_collections.ConfigDict()
     c.loss.z_loss = 0.0  # weight of logsumexp(logits)^2
-    c.loss.block_bytes = 0  # largest block of logits; 0: 16 MiB on CPUs, 512 MiB or 512 tokens elsewhere  [resume]
+    c.loss.block_bytes = 0  # largest block of logits; 0: 32 MiB or 64 tokens on CPUs, else 512 MiB or 512  [resume]
 
     c.assist = ml_collections.ConfigDict()
     c.assist.schedule = "none"  # none (BASELINE) | constant (RKD) | step (SALT) | linear | ratio | auto

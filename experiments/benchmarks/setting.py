@@ -173,8 +173,9 @@ def _largest(hidden: jax.Array, head: jax.Array) -> jax.Array:
 
 def largest_tile(setting: Setting) -> int:
     """Tokens whose float32 logits fit in a block; a divisor of the batch's."""
-    block = setting.student.block_bytes or blocked.default_block_bytes()
-    most = max(1, min(setting.tokens, block // (4 * setting.teacher.config.vocab_size)))
+    token = 4 * setting.teacher.config.vocab_size
+    block = setting.student.block_bytes or blocked.default_block_bytes(token)
+    most = max(1, min(setting.tokens, block // token))
     return next(tile for tile in range(most, 0, -1) if setting.tokens % tile == 0)
 
 

@@ -32,7 +32,7 @@ from slm_assist.errors import UserError
 from slm_assist.losses.common import Loss, TokenStats, Weight, check_top_k, collect
 from slm_assist.losses.distribution import Span
 from slm_assist.losses.tile import Formula, LogitForm, Tokens, gradients, one_tile
-from slm_assist.losses.tiling import BLOCK_BYTES_CPU, default_block_bytes, tiling
+from slm_assist.losses.tiling import default_block_bytes, tiling
 
 
 def cross_entropy(
@@ -61,8 +61,8 @@ def cross_entropy(
       tied: the head is the transpose of a table of embeddings [V, d]: it is then used as the table lies in memory, and
         CPUs need not copy it, nor its gradient.
       block_bytes: the most that the live float32 logits of a tile may take, on a device, and as much again for errors
-        narrower than float32; a tile has at least one token. None: 16 MiB on a CPU, elsewhere 512 MiB or what 512
-        tokens need.
+        narrower than float32; a tile has at least one token. None: 32 MiB or what 64 tokens need on a CPU,
+        elsewhere 512 MiB or 512 tokens.
       per_token: return [B, T] terms; their gradient costs a second pass over the logits.
 
     Raises:
@@ -135,8 +135,6 @@ def token_stats(
     block_bytes: int | None = None,
 ) -> TokenStats:
     """(loss, rank) of every target, [B, T] each; arguments as in `cross_entropy`. Has no gradient."""
-    if block_bytes is None and jax.default_backend() == "cpu":
-        block_bytes = BLOCK_BYTES_CPU // 2  # no gradient of the head to add to at each tile: smaller ones are faster
     student = jax.lax.stop_gradient(_Model(hidden_BxTxD, head_DxV))
     frozen = _Frozen(target_BxT, jnp.ones(target_BxT.shape, jnp.float32))
     plan = _Plan(Formula(LogitForm(softcap, logit_scale, tied)))
