@@ -125,10 +125,10 @@ def _run(experiment: Experiment, run: RunDir, say: Say, group: Group, clock: Clo
             if stop:
                 checkpoints.wait()
                 raise Stopped(n, stop)
-            if auto and auto.is_asked(n) and (decision := auto_lib.agree(auto.decide(n), jax.process_count())):
+            if auto and auto.is_asked(n) and (ended := group.agreed("auto", auto.decide(n), _first)):
                 auto, plan = None, experiment.plan(n)
                 state = experiment.switched(state, n)
-                log.switch(n, decision.reason)
+                log.switch(n, auto_lib.Decision(*ended).reason)
                 batches.follow(plan, n)
                 experiment.data.say_lists(plan, say)
             stage = stage_at(plan, n)
@@ -144,6 +144,10 @@ def _run(experiment: Experiment, run: RunDir, say: Say, group: Group, clock: Clo
         if group.index == 0:
             metrics.write_json(run.summary, log.summary(plan))
         group.wait("end")
+
+
+def _first(values: list[Any]) -> Any:
+    return values[0]
 
 
 def _due(n: int, every: int, steps: int) -> bool:

@@ -4,9 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from jax.experimental import multihost_utils
 
-from slm_assist.assist.auto import Auto, Decision, agree
+from slm_assist.assist.auto import Auto
 from slm_assist.errors import UserError
 
 OPTIONS = {"cap": 60, "margin": 0.01, "window": 8, "patience": 3}
@@ -159,20 +158,3 @@ def test_mistakes_are_named(key, value):
         Auto(**(OPTIONS | {key: value}))
     with pytest.raises(ValueError, match="finite"):
         Auto(**OPTIONS).observe(1, float("nan"), 0.5)
-
-
-def test_process_0_decides(monkeypatch):
-    sent = []
-
-    def broadcast(message):
-        sent.append(message)
-        return sent[0].astype(np.int32)  # as process 0 sent it
-
-    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
-    first = Decision(7, "accuracy 0.1 came within \u03b5")
-    assert agree(first, 2) == first and agree(None, 2) == first
-    assert sent[0].shape == sent[1].shape
-    sent.clear()
-    assert agree(None, 2) is None and agree(first, 2) is None
-    sent.clear()
-    assert agree(first, 1) is first and agree(None, 1) is None and not sent

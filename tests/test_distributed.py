@@ -21,7 +21,7 @@ from slm_assist.errors import UserError
 from slm_assist.run_dir import RunDir
 
 SALT_DS = {
-    "steps": 10, "batch_rows": 16, "assist__schedule": "step", "assist__steps": 6, "select__rows": "online",
+    "steps": 10, "batch_rows": 16, "assist__schedule": "auto", "assist__steps": 6, "select__rows": "online",
     "select__scorer_step": -1, "select__pool_factor": 2, "select__sample": 0, "checkpoint__every": 4,
     "checkpoint__keep": "2,4,6,8", "mesh__data": -1, "mesh__fsdp": 2, "mesh__tensor": 2, "validation__rows": 16,
 }  # fmt: skip
@@ -148,7 +148,9 @@ def test_a_signal_to_one_stops_both_at_one_step_and_the_command_goes_on(two, one
     assert 2 < step < 10 and (stopped.checkpoints / str(step)).is_dir()
     assert status_then == [0, 0], said_then
     assert f"going on from step {step}" in said_then[0] and "going on" not in said_then[1]
-    assert [line["step"] for line in tiny.records(run) if line["kind"] == "train"] == list(range(1, 11))
+    train = [line for line in tiny.records(run) if line["kind"] == "train"]
+    assert [line["step"] for line in train] == list(range(1, 11))
+    assert [line["step"] for line in train if "assisted" in line["stage"]] == list(range(1, 7))  # as `auto` agreed on
 
 
 def test_two_processes_are_one(two, one):

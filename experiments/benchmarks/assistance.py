@@ -19,7 +19,7 @@ tiles half as long, so its passes over memory (float32 [tile, V]: read and writt
 error) double for the teacher's share, and the teacher's weights are read once more a tile. Those passes have no FLOPs;
 they are what overhead above 1 measures.
 
-Without --pair and --vocab: on CPUs three small pairs at V = 32K, the first also at 128K and 256K (about three minutes
+Without --pair and --vocab: on CPUs three small pairs at V = 32K, the first also at 128K and 256K (about four minutes
 on two cores); on accelerators, or with --full, three pairs at each of V = 32K, 128K and 256K.
 """
 

@@ -13,7 +13,6 @@ reads the text once, and writes 4 bytes a token.
 import functools
 import itertools
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -100,8 +99,6 @@ def main() -> None:
             "loader_tokens_per_second": {name: speed.median for name, speed in speeds.items()},
             "loader_tokens_per_second_range": {name: [speed.low, speed.high] for name, speed in speeds.items()},
             "cores": args.cores or os.cpu_count(),
-            "load_average": os.getloadavg()[0],
-            "machine": f"{platform.machine()}, {platform.platform()}, Python {platform.python_version()}",
         }
     common.finish(args, result)
 

@@ -15,7 +15,7 @@ fixed, activations are not), about 0 with the length except for attention that k
 vocabulary and the depth.
 
 On CPUs the devices are virtual: they share the cores, so that their time says nothing and is left out; FLOPs and memory
-of a device hold. Two to three minutes on two cores.
+of a device hold. About four minutes on two cores.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def plot(axes: dict[str, Any], path: str) -> None:
                 panel.text(0.5, 0.5, "virtual devices:\nnot timed", ha="center", transform=panel.transAxes)
             panel.set_xlabel(axis)
             panel.set_ylabel(f"{name.replace('_', ' ')} a token" if column == 0 else "")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from slm_assist import compiled
 from slm_assist.errors import UserError
 from slm_assist.losses import blocked
 
-CPU = ["1024x128x64x4096", "256x64x32x32768"]
+CPU = ["256x64x32x32768", "1024x128x64x4096", "1024x256x192x32768", "512x256x192x262144"]
 ACCELERATOR = [
     "8192x2048x4096x128256", "8192x4096x2048x128256", "1024x2048x1024x32768", "1024x4096x2048x128256",
     "4096x2048x1024x262144", "16384x2048x1024x128256", "65536x2048x1024x128256",

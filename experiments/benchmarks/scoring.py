@@ -19,8 +19,6 @@ On CPUs the same ratios of process time are given too: they hold on a machine th
 
 import dataclasses
 import functools
-import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -191,11 +189,7 @@ def main() -> None:
         "batches": job.meta["span_rows"] // args.batch_rows,
         "repeats": args.repeats,
         "dtype": job.meta["dtype"],
-        "hardware": device.device_kind if device.platform != "cpu" else f"CPU ({platform.machine()})",
         "devices": job.mesh.size,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "jax": jax.__version__,
     }
     common.finish(args, result)
 

@@ -14,7 +14,7 @@ all counted from the start of the process. `saved` is cold minus warm, within a 
 experiments/baseline.py; --set changes any key.
 
 Expected FLOPs: none to speak of, one update. Expected bytes: the warm start reads the compiled steps, a few MB each,
-instead of making them: `compiled` should fall to tracing and reading, one to three seconds on one core.
+instead of making them: `compiled` should fall to tracing and reading.
 """
 
 import json

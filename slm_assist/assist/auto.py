@@ -13,18 +13,14 @@ step n - 2, even where it is known already: a run reads its metrics late, and ea
 checkpoint, so only then do all of them decide alike.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from slm_assist.errors import UserError
 
 CHECKED_EVERY = 10  # steps: hosts that agree wait for each other, so not at every update
 LAG = 2  # steps: what a run has always read by then
-_MESSAGE_BYTES = 512
 
 
 class Decision(NamedTuple):
@@ -145,18 +141,3 @@ class Auto:
 
     def _because(self, reason: str) -> None:
         self._reason = self._reason or reason
-
-
-def agree(decision: Decision | None, process_count: int) -> Decision | None:
-    """Process 0's decision, for all processes; each must call this at the same steps.
-
-    With one process it is `decision` itself. With more it waits for the devices, for a message of a few bytes.
-    """
-    if process_count == 1:
-        return decision
-    from jax.experimental import multihost_utils
-
-    text = json.dumps(decision).encode()
-    message = np.frombuffer(text.ljust(_MESSAGE_BYTES), np.uint8)
-    told = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(message), np.uint8).tobytes())
-    return None if told is None else Decision(*told)
