@@ -12,6 +12,7 @@ import functools
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -38,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print("slm-assist: stopped; the same command goes on, or starts again", file=sys.stderr)
         return _leave(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
+    except Exception:
+        if not ("slm_assist.distributed" in sys.modules and sys.modules["slm_assist.distributed"].has_failed()):
+            raise
+        traceback.print_exc()
+        return _leave(1)
 
 
 def _leave(status: int) -> int:

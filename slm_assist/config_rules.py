@@ -35,12 +35,19 @@ def check(config: ml_collections.ConfigDict) -> None:
     one_of("model.scan_layers", config.model.scan_layers, ("auto", "true", "false"))
     one_of("compute.dtype", config.compute.dtype, ("auto", "float32", "bfloat16"))
     one_of("compute.remat", config.compute.remat, ("none", "dots", "full"))
+    one_of("compute.attention", config.compute.attention, ("auto", "xla", "cudnn", "splash"))
     one_of("mesh.helpers", config.mesh.helpers, ("auto", "replicated", "fsdp"))
     if config.optimizer.warmup_steps >= config.steps:
         raise UserError(
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} leaves nothing of steps={config.steps}; lower it"
         )
     _check_fractions(config)
+    span = config.log.profile
+    if span and not (len(span) == 2 and 1 <= span[0] <= span[1] <= config.steps):
+        raise UserError(
+            f"log.profile={','.join(map(str, span))}: give the first and the last update to trace, from 1 to "
+            f"steps={config.steps}, as 100,103"
+        )
     if any(step > config.steps for step in config.checkpoint.keep):
         raise UserError(f"checkpoint.keep={config.checkpoint.keep} has a step beyond steps={config.steps}")
     _check_stream(config)

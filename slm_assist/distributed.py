@@ -1,7 +1,8 @@
 """Several processes as one run: how they join, and what they tell each other beside the devices.
 
 What is told goes through the key-value store of `jax.distributed`'s coordinator, on the hosts: no device waits for it.
-A process that fails says why, and the others end with that line instead of waiting for it in a collective.
+A process that fails says why, and the others end with that line instead of waiting for it in a collective. One that is
+killed says nothing: the others find its connection closed, or JAX ends them, process 0's death at once.
 
 A signal to any process stops all at one step. `Group.stopping(n)` costs a lock; a thread looks for a notice a few
 times a second. Where there is one, each process's thread tells the last step that its loop went on from, and the
@@ -30,6 +31,7 @@ CONNECT_SECONDS = 300  # for all processes to be there
 _LEAVE_SECONDS = 5.0  # for a loop to come out by itself before its process is ended
 _LAST_SECONDS = 20.0  # for the others to be gone before process 0, which they talk through
 _WAIT_MILLISECONDS = 1000  # of one request: Python's signal handlers run between two
+_LOST = ("Connection closed", "Connection reset", "heartbeat", "UNAVAILABLE", "Gloo")  # in errors of collectives
 _groups = itertools.count()
 _failed = False
 
@@ -114,6 +116,11 @@ def index() -> int:
 def count() -> int:
     """How many processes there are. Touches no device where this one is alone."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def has_failed() -> bool:
+    """Whether a run of several processes has, in this one or another."""
+    return _failed
 
 
 def leave(status: int) -> int:
@@ -248,6 +255,14 @@ class Group:
         """Calls `fail` for what is raised inside, before anything around it is closed that waits for the others."""
         try:
             yield
+        except jax.errors.JaxRuntimeError as error:
+            self.fail(error)
+            if self.count > 1 and any(words in str(error) for words in _LOST):
+                raise UserError(
+                    f"another of the {self.count} processes is gone ({_first_line(error)}); the same command goes on "
+                    "from the last checkpoint"
+                ) from error
+            raise
         except BaseException as error:
             self.fail(error)
             raise
@@ -278,6 +293,8 @@ class Group:
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise UserError(f"process 0 cannot be reached any more ({_first_line(error)})") from error
+            if threading.current_thread() is self._watcher and "end" in self._notices():
+                raise UserError("another process has ended")  # `_watch`, which waits here itself, finds it next
 
     def _raise_ending(self) -> None:
         if self._ending:
@@ -293,17 +310,20 @@ class Group:
         every = max(0.2, self.count / 500)
         while not self._left.wait(every):
             try:
-                notices = self._client.key_value_dir_get(f"{self._prefix}/notice/")
+                found = self._notices()
             except jax.errors.JaxRuntimeError:
                 continue  # JAX ends a process whose coordinator is gone for long
-            found = {key.rsplit("/", 1)[1]: json.loads(value) for key, value in notices}
             if "end" in found:
                 self._end(found["end"])
                 return
             if "stop" in found and self._stop_at is None:
-                with contextlib.suppress(UserError, KeyboardInterrupt), self._lock:
+                with contextlib.suppress(UserError, KeyboardInterrupt, jax.errors.JaxRuntimeError), self._lock:
                     self._stop_at = 1 + self.agreed("stop", self._went_on, max)
                     self._stop_signal = found["stop"]
+
+    def _notices(self) -> dict[str, Any]:
+        notices = self._client.key_value_dir_get(f"{self._prefix}/notice/")
+        return {key.rsplit("/", 1)[1]: json.loads(value) for key, value in notices}
 
     def _end(self, ending: dict[str, Any]) -> None:
         """Gives the main thread a moment to raise; if it is stuck with the devices, ends the process here."""

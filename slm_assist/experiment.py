@@ -130,10 +130,11 @@ def build(config: ml_collections.ConfigDict, run: RunDir, say: Say, group: Group
     mesh = make_mesh(config)
     dtype = compute_dtype(config.compute.dtype, mesh.devices.flat[0])
     _check_before_data(config, run)
+    shape, device = model_config(config, config.data.vocab_size), mesh.devices.flat[0]
+    backend = attention.choose(config.compute.attention, device, shape, config.data.seq_len, dtype)
     prepared = corpus.prepare(config, run, say=say, group=group, reader=feed_lib.reader(mesh, config.batch_rows))
     vocabulary = prepared.vocabulary
-    shape = model_config(config, vocabulary.size)
-    backend = attention.choose(config.compute.attention, mesh.devices.flat[0], shape, config.data.seq_len, dtype)
+    shape = dataclasses.replace(shape, vocab_size=vocabulary.size)
     model = Transformer(shape, dtype=dtype, remat=config.compute.remat, attention=backend)
     check_top_k(config.assist.top_k, vocabulary.size)
     validation = Perplexity(

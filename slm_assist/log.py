@@ -56,17 +56,9 @@ class Profile:
 
     Use as a context manager; several processes write a directory each. A run that goes on inside the span traces what
     is left of it.
-
-    Raises:
-      UserError: the span is not two updates of the run, in order.
     """
 
-    def __init__(self, span: tuple[int, ...], steps: int, directory: Path, say: Say):
-        if span and not (len(span) == 2 and 1 <= span[0] <= span[1] <= steps):
-            raise UserError(
-                f"log.profile={','.join(map(str, span))}: give the first and the last update to trace, from 1 to "
-                f"steps={steps}, as 100,103"
-            )
+    def __init__(self, span: tuple[int, ...], directory: Path, say: Say):
         self._first, self._last = span or (0, 0)
         self._place = directory if distributed.count() == 1 else directory / f"process-{distributed.index()}"
         self._say, self._running = say, False

@@ -25,15 +25,17 @@ from slm_assist import corpus, flops, hardware, metrics, plan_memory, plan_table
 from slm_assist import experiment as experiment_lib
 from slm_assist.assist.helpers import Helper, Placement, open_run
 from slm_assist.assist.stages import Stage
+from slm_assist.data import objectives
 from slm_assist.data.objectives import Objective
 from slm_assist.data.tokenizers import Vocabulary
-from slm_assist.errors import UserError
+from slm_assist.errors import UserError, one_of
 from slm_assist.experiment import Experiment, Say
 from slm_assist.hardware import HARDWARE, Hardware
+from slm_assist.losses.common import check_top_k
 from slm_assist.losses.tiling import default_block_bytes
 from slm_assist.models import ModelConfig, Transformer, attention
 from slm_assist.models.attention import cudnn, splash
-from slm_assist.models.sizes import named
+from slm_assist.models.sizes import NAMED, named
 from slm_assist.plan_memory import state_shapes
 from slm_assist.run_dir import RunDir
 
@@ -67,7 +69,14 @@ def parse_devices(text: str) -> Devices:
         raise UserError(f"--devices={text}: give KIND:N with N devices, as {kind}:8")
     if len(sides) > 1:
         return Devices(kind, topology.chips(number), number)
-    return Devices(kind, int(number), topology.shape_of(kind, int(number)))
+    shape = topology.shape_of(kind, int(number))
+    if HARDWARE[kind].is_tpu and shape is None:
+        known = ", ".join(str(topology.chips(shape)) for shape in topology.SHAPES[kind])
+        raise UserError(
+            f"--devices={text}: no {kind} slice of {number} chips is known, only of {known}; or name a shape, as "
+            f"{kind}:{topology.SHAPES[kind][1]}"
+        )
+    return Devices(kind, int(number), shape)
 
 
 def plan(
@@ -93,7 +102,7 @@ def plan(
       UserError: whatever in the config does not fit, or does not fit the devices.
     """
     if not 0 <= utilisation <= 1:
-        raise UserError(f"--utilisation={utilisation}: give a share of the peak, from above 0 to 1")
+        raise UserError(f"--utilisation={utilisation}: give a share of the peak up to 1, or 0 for the kind's own")
     compiling = compiling and devices.shape is not None and topology.available()
     mesh = mesh_of(config, devices, compiling)
     helpers = find_helpers(config, devices, mesh, helper_size)
@@ -141,7 +150,12 @@ def plan(
 
 def _memory_record(memory: plan_memory.Memory, devices: Devices) -> dict[str, Any]:
     fits = not memory.problem and MARGIN[memory.how] * memory.total <= devices.hardware.memory
-    return {"how": memory.how, "total": memory.total, "fits": fits, "parts": memory.parts} | {
+    return {
+        "how": memory.how,
+        "total": memory.total,
+        "fits": fits,
+        "margin": MARGIN[memory.how],
+        "parts": memory.parts,
         "counted_flops": memory.flops,
         "problem": memory.problem,
     }
@@ -178,6 +192,8 @@ def find_helpers(config: ml_collections.ConfigDict, devices: Devices, mesh: Any,
       UserError: neither the directory nor a size.
     """
     found = {}
+    if size:
+        one_of("--teacher_size", size, NAMED)
     for role, (directory, step) in roles.wanted(config).items():
         run = RunDir(directory)
         if run.model.is_file():
@@ -189,7 +205,8 @@ def find_helpers(config: ml_collections.ConfigDict, devices: Devices, mesh: Any,
                 f"{role}: {directory} is not a run directory yet, so its model is not known; name its size, as "
                 "--teacher_size=paper-1.5b, or define TEACHER_SIZE in the experiment file"
             )
-        model = _transformer(config, shape, dtype_of(config), devices, mesh)
+        kernel = "xla" if config.compute.attention == "xla" else "auto"  # one that is named is for the student
+        model = _transformer(config, kernel, shape, devices, mesh)
         found[role] = Helper(role, run, step, model, Placement.of(config))
     return found
 
@@ -200,17 +217,22 @@ def dtype_of(config: ml_collections.ConfigDict) -> jnp.dtype:
 
 
 def _transformer(
-    config: ml_collections.ConfigDict, shape: ModelConfig, dtype: jnp.dtype, devices: Devices, mesh: Any, remat="none"
+    config: ml_collections.ConfigDict, name: str, shape: ModelConfig, devices: Devices, mesh: Any, remat="none"
 ) -> Transformer:
-    """The model with the attention that compute.attention gives on the devices."""
-    name, length = config.compute.attention, config.data.seq_len
+    """The model with the attention that `name`, a value of compute.attention, gives on the devices."""
+    dtype, length = dtype_of(config), config.data.seq_len
     if not isinstance(mesh, AbstractMesh):
         name = attention.choose(name, mesh.devices.flat[0], shape, length, dtype)
-    elif name == "auto":
+    elif name != "xla":
         kernel, module = ("splash", splash) if devices.hardware.is_tpu else ("cudnn", cudnn)
-        too_wide = devices.kind.startswith("a100") and shape.head_dim > 128
         refused = module.refusal(shape.head_dim, length, dtype)
-        name = "xla" if refused or too_wide else kernel
+        if devices.kind.startswith("a100") and shape.head_dim > 128:
+            refused = f"on an A100 cuDNN takes head_dim up to 128, not {shape.head_dim}"
+        if name not in ("auto", kernel):
+            refused = f"{devices.kind} has no such kernel"
+        if name != "auto" and refused:
+            raise UserError(f"compute.attention={name}: {refused}; use compute.attention=auto")
+        name = "xla" if refused else kernel
     return Transformer(shape, dtype=dtype, remat=remat, attention=name)
 
 
@@ -231,9 +253,10 @@ def on_paper(config: ml_collections.ConfigDict, devices: Devices, mesh: Any, hel
     # The default goes by the machine that this runs on; of a stage with one model it may be less.
     logits = 4 * size * (2 if "teacher" in helpers else 1) // mesh.shape["tensor"]
     config.loss.block_bytes = config.loss.block_bytes or default_block_bytes(logits, "accelerator")
-    model = _transformer(
-        config, experiment_lib.model_config(config, size), dtype_of(config), devices, mesh, config.compute.remat
-    )
+    objectives.check(config.data)
+    check_top_k(config.assist.top_k, size)
+    shape = experiment_lib.model_config(config, size)
+    model = _transformer(config, config.compute.attention, shape, devices, mesh, config.compute.remat)
     objective = Objective(config.data.objective, config.data.objective in ("prefix", "ul2"), "", dict)
     return Experiment(
         config=config,
@@ -287,6 +310,8 @@ def run(
       UserError: as `plan`, and a file that cannot be written.
     """
     found = parse_devices(devices)
+    if json_file and not Path(json_file).absolute().parent.is_dir():
+        raise UserError(f"--json={json_file}: there is no such directory; name a file that can be written")
     config, _ = config_lib.resolve(path, overrides)
     result = plan(
         config,

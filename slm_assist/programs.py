@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,6 +137,8 @@ def compilation_cache(directory: str) -> Iterator[None]:
     try:
         if "://" not in path:
             Path(path).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):  # what JAX cannot write it only warns of, once a program
+                pass
     except OSError as error:
         raise UserError(
             f"compute.cache_dir={directory}: {error.strerror}; name a directory that can be written, or leave it empty"

@@ -55,19 +55,20 @@ def train(config: ml_collections.ConfigDict, run_dir: str, *, fresh: bool = Fals
     clock = Clock()
     with distributed.together() as group, _held(group, run_dir, fresh) as run:
         config, say = _as_one(group, config, say)
-        profile = Profile(config.log.profile, config.steps, run.profile, say)
+        profile = Profile(config.log.profile, run.profile, say)
         experiment_lib.check_config(run, config)
         if run.summary.is_file():
             say(f"{run}: finished before; nothing to do (--fresh starts over beside it)")
             return run
-        experiment = experiment_lib.build(config, run, say, group)
-        try:
-            with programs.compilation_cache(config.compute.cache_dir), jax.set_mesh(experiment.mesh), profile:
-                _run(experiment, run, say, group, clock, profile)
-        except OSError as error:
-            raise UserError(
-                f"{run}: {error.strerror or error}; what is saved is kept: mend that, and the same command goes on"
-            ) from error
+        with programs.compilation_cache(config.compute.cache_dir):
+            experiment = experiment_lib.build(config, run, say, group)
+            try:
+                with jax.set_mesh(experiment.mesh), profile:
+                    _run(experiment, run, say, group, clock, profile)
+            except OSError as error:
+                raise UserError(
+                    f"{run}: {error.strerror or error}; what is saved is kept: mend that, and the same command goes on"
+                ) from error
     return run
 
 

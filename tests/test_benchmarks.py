@@ -220,3 +220,20 @@ def test_data_scoring_and_overlap(run, tmp_path):
         writer.append(0, np.column_stack([scores, scores * 0, scores * 0, scores * 0 + 1, scores * 0]))
     found = run("selection_overlap", str(tmp_path / "scores"), "--batches", "4,8")
     assert found["pools"]["8"]["rows"] == 40 and found["pools"]["8"]["jaccard"] == 1  # one pool: all rows
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("loss", ["--rounds", "0"], "give an integer of at least 1"),
+        ("loss", ["--shapes", "0x8x8x64"], "every size must be at least 1"),
+        ("assistance", ["--pair", "4x256"], "write STUDENT/TEACHER"),
+        ("plain_step", ["--size", "banana"], "banana: use LAYERSxWIDTH"),
+        ("plain_step", ["--size", "1x16", "--optimizer", "foo"], "optimizer.name='foo'"),
+    ],
+)
+def test_mistakes_are_one_line(common, monkeypatch, capsys, name, words, message):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        common.run(importlib.import_module(name).main)
+    assert ended.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]

@@ -185,6 +185,41 @@ def test_a_mistake_in_one_ends_both_with_its_line(tmp, keys):
     assert time.monotonic() - began < 60 and not (tmp / "differ").exists()
 
 
+# Process 1 fails where it no longer listens, while process 0 asks it at which step to stop.
+CROSSED = """
+import sys, time
+from slm_assist import distributed
+process = int(sys.argv[1])
+distributed.start(sys.argv[2], 2, process)
+try:
+    with distributed.together() as group:
+        if process == 0:
+            group.caught.append(15)
+            for n in range(1000):
+                assert not group.stopping(n)
+                time.sleep(0.05)
+        group._left.set(), group._watcher.join(), time.sleep(1)
+        raise KeyboardInterrupt(15)
+except KeyboardInterrupt as interrupt:
+    print("ended by", interrupt, flush=True)
+distributed.leave(1)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_that_crosses_a_failure_ends_both(tmp):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    words = [[sys.executable, "-c", CROSSED, str(process), place] for process in range(2)]
+    began = time.monotonic()
+    status, said = finish([subprocess.Popen(command, **pipes) for command in words])
+    assert status == [1, 1] and all("ended by 15" in out for out in said), said
+    assert time.monotonic() - began < 60
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

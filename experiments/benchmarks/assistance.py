@@ -71,7 +71,7 @@ def measure(case: Case, rounds: int, matmul: float | None, **keys) -> dict:
       matmul: FLOP/s measured before; None: measured here, in this setting's dtype.
       keys: of the config.
     """
-    student, teacher = case.pair.split("/")
+    student, teacher = setting_lib.split_pair(case.pair)
     made = setting_lib.build(
         student, teacher, case.vocab, case.rows, case.seq_len, **{"compute__remat": case.remat} | keys
     )
@@ -137,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -75,8 +75,8 @@ def kernel_of(options: Any) -> tuple[str | None, str]:
 def main() -> None:
     parser = common.parser(__doc__, rounds=9)
     for name in ("rows", "seq_len", "heads", "kv_heads", "head_dim"):
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16")
+        parser.add_argument(f"--{name}", type=common.positive)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--documents", type=int, default=4, help="of a packed row, at most (default 4)")
     parser.add_argument("--window", type=int, default=0, help="of a sliding window; 0: none")
     options = parser.parse_args()
@@ -123,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

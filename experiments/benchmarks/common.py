@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from slm_assist import metrics
+from slm_assist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
@@ -153,9 +154,25 @@ def parser(doc: str | None, rounds: int | None = 5) -> argparse.ArgumentParser:
     """Options that every benchmark has: --out, and --rounds unless `rounds` is None: nothing is timed."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds is not None:
-        made.add_argument("--rounds", type=int, default=rounds, help=f"of measurement, in turn (default {rounds})")
+        made.add_argument("--rounds", type=positive, default=rounds, help=f"of measurement, in turn (default {rounds})")
     made.add_argument("--out", metavar="FILE.json", help="also write the result to this file, whole or not at all")
     return made
+
+
+def positive(text: str) -> int:
+    """An argument that is an integer of at least 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text}: give an integer of at least 1")
+    return int(text)
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Calls a benchmark; a mistake in its options is one line and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def finish(options: argparse.Namespace, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def peers(shape: Shape, soft: bool, options: Any) -> dict[str, Any]:
     hidden, head = torch.randn(tokens, width, **kind), 2 * width**-0.5 * torch.randn(vocab, width, **kind)
     teacher = (
         torch.randn(tokens, teacher_width, **kind),
-        teacher_width**-0.5 * torch.randn(vocab, teacher_width, **kind),
+        2 * teacher_width**-0.5 * torch.randn(vocab, teacher_width, **kind),
     )
     targets = torch.randint(vocab, (tokens,), device="cuda")
     hidden.requires_grad_(), head.requires_grad_()
@@ -223,6 +223,8 @@ def parse(shape: str) -> Shape:
         raise UserError(
             f"--shapes {shape}: write TOKENSxWIDTHxTEACHER_WIDTHxVOCABULARY, as 1024x256x128x32768"
         ) from None
+    if min(tokens, width, teacher_width, vocab) < 1:
+        raise UserError(f"--shapes {shape}: every size must be at least 1")
     return tokens, width, teacher_width, vocab
 
 
@@ -234,15 +236,14 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=CPU if cpu else ACCELERATOR)
     parser.add_argument("--dtype", default="float32" if cpu else "bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--block_bytes", type=int, default=0, help="of blocked and remat; 0: the default")
-    parser.add_argument("--checked", type=int, default=64, help="tokens whose gradient is compared with float64")
+    parser.add_argument(
+        "--checked", type=common.positive, default=64, help="tokens whose gradient is compared with float64"
+    )
     parser.add_argument("--process_time", action="store_true", help="CPU time of the process, for a busy machine")
     parser.add_argument("--peers", action="store_true", help="Liger's kernels too, where torch sees a GPU")
     options = parser.parse_args()
     shapes = ACCELERATOR if options.shapes == ["accelerator"] else options.shapes
-    try:
-        parsed = {shape: parse(shape) for shape in shapes}
-    except UserError as error:
-        parser.error(str(error))
+    parsed = {shape: parse(shape) for shape in shapes}
     results = {
         text: {name: measure(shape, soft, options) for name, soft in (("cross_entropy", False), ("distillation", True))}
         for text, shape in parsed.items()
@@ -252,4 +253,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

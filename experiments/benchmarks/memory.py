@@ -79,7 +79,7 @@ def compile_dense(setting: setting_lib.Setting) -> jax.stages.Compiled:
 
 def measure(pair: str, vocab: int, rows: int, seq_len: int, with_dense: bool = True, **keys: Any) -> dict[str, Any]:
     """The figures of one setting; `keys` are those of the config."""
-    student, teacher = pair.split("/")
+    student, teacher = setting_lib.split_pair(pair)
     made = setting_lib.build(student, teacher, vocab, rows, seq_len, **keys)
     programs, seconds = setting_lib.compile_all(made, ("plain", "assisted", "trunk"))
     if with_dense:
@@ -134,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

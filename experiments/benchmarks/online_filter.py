@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--pool_factor", type=int, default=5, help="batches of candidates for each (default 5)")
     options = parser.parse_args()
     small = jax.default_backend() == "cpu"
-    student, scorer = (options.pair or ("4x256/2x192" if small else "gpu-100m/gpu-35m")).split("/")
+    student, scorer = setting_lib.split_pair(options.pair or ("4x256/2x192" if small else "gpu-100m/gpu-35m"))
     rows, seq_len = options.rows or (2 if small else 32), options.seq_len or (256 if small else 1024)
     made = setting_lib.build(student, scorer, options.vocab, rows, seq_len)
 
@@ -111,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

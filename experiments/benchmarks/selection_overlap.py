@@ -7,8 +7,6 @@ training run's order and keeps the best of every pool: here by the same scores, 
 With --run, an online run's own choice is compared with the offline list over the candidates it saw. JSON on stdout.
 """
 
-import sys
-
 import common
 import numpy as np
 
@@ -42,7 +40,7 @@ def by_pools(scores: np.ndarray, batch: int, factor: int, seed: int) -> tuple[np
     return rows, kept
 
 
-def main() -> int:
+def main() -> None:
     parser = common.parser(__doc__, rounds=None)
     parser.add_argument("scores")
     parser.add_argument("--ratio", type=float, default=0.2)
@@ -50,28 +48,23 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run")
     options = parser.parse_args()
-    try:
-        found = score_store.open_scores(options.scores)
-        scores, factor = found.score, round(1 / options.ratio)
-        offline = np.zeros(len(scores), bool)
-        offline[selection.top(scores, int(options.ratio * len(scores)))] = True
-        pools = {}
-        for batch in map(int, options.batches.split(",")):
-            if batch * factor <= len(scores):
-                rows, kept = by_pools(scores, batch, factor, options.seed)
-                pools[batch] = agreement(kept, offline[rows])
-        result = {
-            "score": found.meta["score"],
-            "scores_exactly_zero": float((scores == 0).mean()),
-            "pools": pools,
-        }
-        if options.run:
-            result["run"] = of_run(options.run, scores, offline)
-    except UserError as error:
-        print(f"selection_overlap: error: {error}", file=sys.stderr)
-        return 2
+    found = score_store.open_scores(options.scores)
+    scores, factor = found.score, round(1 / options.ratio)
+    offline = np.zeros(len(scores), bool)
+    offline[selection.top(scores, int(options.ratio * len(scores)))] = True
+    pools = {}
+    for batch in map(int, options.batches.split(",")):
+        if batch * factor <= len(scores):
+            rows, kept = by_pools(scores, batch, factor, options.seed)
+            pools[batch] = agreement(kept, offline[rows])
+    result = {
+        "score": found.meta["score"],
+        "scores_exactly_zero": float((scores == 0).mean()),
+        "pools": pools,
+    }
+    if options.run:
+        result["run"] = of_run(options.run, scores, offline)
     common.finish(options, result)
-    return 0
 
 
 def of_run(directory: str, scores: np.ndarray, offline: np.ndarray) -> dict[str, float]:
@@ -90,4 +83,4 @@ def of_run(directory: str, scores: np.ndarray, offline: np.ndarray) -> dict[str,
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run(main)

@@ -4,7 +4,6 @@ A model is given as a named size of slm_assist/models/sizes.py, or as LAYERSxWID
 a gated MLP of FF columns (3 x WIDTH where not given). Each row of the batch is four documents.
 """
 
-import argparse
 import dataclasses
 import functools
 import re
@@ -17,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm_assist import config as config_lib
-from slm_assist import experiment, flops, sharding, steps
+from slm_assist import config_rules, experiment, flops, sharding, steps
 from slm_assist import state as state_lib
 from slm_assist.assist import labels
 from slm_assist.assist.helpers import Helper, Placement
 from slm_assist.assist.schedule import assist_schedule
+from slm_assist.errors import UserError
 from slm_assist.losses import blocked
 from slm_assist.models import ModelConfig, Transformer, attention
 from slm_assist.models.sizes import NAMED, named
@@ -38,7 +38,7 @@ def model_config(text: str, vocab_size: int, scan_layers: bool | None = None) ->
         return named(text, vocab_size, **({} if scan_layers is None else {"scan_layers": scan_layers}))
     found = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text}: use LAYERSxWIDTH, LAYERSxWIDTHxFF or one of {', '.join(NAMED)}")
+        raise UserError(f"{text}: use LAYERSxWIDTH, LAYERSxWIDTHxFF or one of {', '.join(NAMED)}")
     layers, width = int(found[1]), int(found[2])
     head_dim = min(64, width)
     heads = width // head_dim
@@ -91,6 +91,14 @@ class Setting:
         return {"teacher": self.helper.shapes(self.mesh)}
 
 
+def split_pair(text: str) -> tuple[str, str]:
+    """The two sizes of STUDENT/TEACHER."""
+    student, slash, teacher = text.partition("/")
+    if not (student and slash and teacher):
+        raise UserError(f"{text}: write STUDENT/TEACHER, each {SIZES}")
+    return student, teacher
+
+
 def build(
     student: str,
     teacher: str | None,
@@ -112,6 +120,7 @@ def build(
     keys = {"steps": 1000, "optimizer__warmup_steps": 10, "batch_rows": rows} | keys
     for key, value in keys.items():
         config_lib.set_key(config, key.replace("__", "."), value)
+    config_rules.check(config)
     mesh = experiment.make_mesh(config)
     dtype = experiment.compute_dtype(config.compute.dtype, mesh.devices.flat[0])
 

@@ -102,4 +102,4 @@ def keys_shown(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)
