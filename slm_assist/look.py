@@ -47,21 +47,19 @@ def write_sample(
     params_of: dict[str, Any],
     student: Any,
     plan: tuple[Stage, ...],
-    step: Callable | None = None,
+    step: Callable | None,
 ) -> None:
-    """Scores the run's first `select.sample` candidates and keeps what each token cost; of a stream, nothing.
+    """Scores the run's first `select.sample` candidates and keeps what each token cost.
 
     Args:
       params_of: of the helpers by role; `student`: the learner's parameters.
       plan: the run's stages, the first of which chooses among candidates.
-      step: `scored`, compiled.
+      step: `scored`, compiled; None where no sample `is_wanted`.
     """
-    if not is_wanted(experiment) or run.selection_sample.is_file():
+    if step is None or run.selection_sample.is_file():
         return
     config = experiment.config
     params = params_in(experiment, params_of, student)
-    if step is None:
-        step = jax.jit(scored(experiment, helpers), out_shardings=sharding.replicated(experiment.mesh))
     where, scores = sharding.batch_sharding(experiment.mesh), []
 
     def stats_of(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
