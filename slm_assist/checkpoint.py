@@ -139,6 +139,25 @@ class Checkpoints:
         return self._group.agreed("restored", reason, lambda reasons: next(filter(None, reasons), ""))
 
 
+def restore_state(directory: Path, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """State and meta of another run's checkpoint `step`, which that run may be training on beside this.
+
+    Raises:
+      UserError: it cannot be read, or is not like `like`.
+    """
+    place = (directory / str(step)).absolute()
+    try:
+        with ocp.StandardCheckpointer() as reader, ocp.Checkpointer(ocp.JsonCheckpointHandler()) as json_reader:
+            items = {"params": like.params, "optimizer": like.opt_state, "assist": like.assist}
+            found = {name: reader.restore(place / name, tree) for name, tree in items.items()}
+            meta = json_reader.restore(place / "meta")
+    except Exception as error:  # a damaged or another file raises many kinds
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{directory}: checkpoint {step} cannot be read as this run's state ({reason})") from error
+    first = jax.make_array_from_callback((), like.step.sharding, lambda _: np.int32(step))
+    return TrainState(first, found["params"], found["optimizer"], found["assist"]), meta
+
+
 def whole_steps(directory: Path) -> list[int]:
     """Steps whose checkpoint was completed. A save that was cut short leaves only a name of another form."""
     if not directory.is_dir():

@@ -115,6 +115,28 @@ def get_config() -> ml_collections.ConfigDict:
     c.select.token_share = 1.0  # RHO-1: share of tokens the loss counts, by learner minus reference loss
     c.select.sample = 192  # rows scored once when a selecting run begins, for a person to look at; 0: none  [resume]
 
+    c.represent = ml_collections.ConfigDict()
+    c.represent.schedule = "none"  # of lambda: none | constant | step | linear (LET) | package.module:function
+    c.represent.helper = ""  # run directory of the small LM (the guide) whose representations are followed
+    c.represent.helper_step = -1  # its saved step; -1: the newest whole one
+    c.represent.weight = 0.1  # lambda: the loss is that of the labels + lambda (1 - cosine), token by token
+    c.represent.steps = 0  # updates with the guide; 0: represent.fraction of the run
+    c.represent.fraction = 0.173  # as of soft labels, so that the two compare
+    c.represent.student_layer = -1  # whose output is aligned, counted from 0; -1: a third of the way up
+    c.represent.helper_layer = -1  # with which of the guide's; -1: its last hidden states, after the final norm
+    c.represent.map = "projection"  # between widths: projection (learnt, to the guide's) | truncate (first dimensions)
+
+    c.grow = ml_collections.ConfigDict()
+    c.grow.helper = ""  # run directory of the small LM (the parent) that the student is grown from; empty: random
+    c.grow.helper_step = -1  # its saved step; -1: the newest whole one
+    c.grow.depth = "zero"  # added layers: zero (add nothing at first, so logits stay) | stack | interleave
+    c.grow.noise = 0.01  # tells clones apart, and keeps the logits: part of the RMS of the weights that read them
+    c.grow.warmup_steps = -1  # the learning rate's rise in a grown run; -1: optimizer.warmup_steps
+
+    c.branch = ml_collections.ConfigDict()
+    c.branch.run = ""  # go on from a checkpoint of that run, in a run of one's own: to decay from a trunk's plateau
+    c.branch.step = -1  # its saved step; -1: the newest whole one
+
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = -1  # splits rows; -1: the devices that are left  [resume: mesh.*]
     c.mesh.fsdp = 1  # splits rows and parameters
@@ -163,9 +185,23 @@ MAY_CHANGE_ON_RESUME = (
 )
 
 
+# What a branch may change beside that: what comes after its first update, and what only looks on.
+MAY_CHANGE_ON_BRANCH = (*MAY_CHANGE_ON_RESUME, "steps", "optimizer.", "assist.", "select.", "represent.",
+                        "branch.", "validation.")  # fmt: skip
+
+
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Plain nested dict, as it is written to config.json."""
     return json.loads(json.dumps(config.to_dict()))
+
+
+def from_dict(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The config of a config.json; keys that it does not have yet are at their defaults."""
+    config, known = get_config(), flatten(get_config())
+    for key, value in flatten(values).items():
+        if key in known:
+            set_key(config, key, value)
+    return config
 
 
 def resolve(
@@ -258,13 +294,15 @@ def _refuse():
     raise TypeError
 
 
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def changed_keys(
+    old: Mapping[str, Any], new: Mapping[str, Any], may_change: tuple[str, ...] = MAY_CHANGE_ON_RESUME
+) -> list[str]:
     """`key: old -> new` for each key that differs and must not when a run goes on."""
     old, new = flatten(old), flatten(new)
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
+        if old.get(key) != new.get(key) and not key.startswith(may_change)
     ]
 
 

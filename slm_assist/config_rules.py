@@ -6,7 +6,8 @@ from typing import Any
 import ml_collections
 
 from slm_assist import plugins
-from slm_assist.assist import schedule, scores, selection
+from slm_assist.assist import representations, schedule, scores, selection, weights
+from slm_assist.assist.stages import Stage, stages
 from slm_assist.errors import UserError, nearest, one_of
 
 
@@ -37,10 +38,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     one_of("compute.remat", config.compute.remat, ("none", "dots", "full"))
     one_of("compute.attention", config.compute.attention, ("auto", "xla", "cudnn", "splash"))
     one_of("mesh.helpers", config.mesh.helpers, ("auto", "replicated", "fsdp"))
-    if config.optimizer.warmup_steps >= config.steps:
-        raise UserError(
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps} leaves nothing of steps={config.steps}; lower it"
-        )
+    if warmup_steps(config) >= config.steps:
+        key = "grow" if warmup_steps(config) == config.grow.warmup_steps else "optimizer"
+        raise UserError(f"{key}.warmup_steps={warmup_steps(config)} leaves nothing of steps={config.steps}; lower it")
     _check_fractions(config)
     span = config.log.profile
     if span and not (len(span) == 2 and 1 <= span[0] <= span[1] <= config.steps):
@@ -53,12 +53,20 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_stream(config)
     _check_assist(config)
     _check_select(config)
+    _check_represent(config)
+    _check_grow(config)
+    if config.branch.step != -1 and not config.branch.run:
+        raise UserError(f"branch.step={config.branch.step} needs branch.run, the directory of the run to go on from")
+    if config.branch.run and config.data.stream:
+        raise UserError("branch.run with data.stream=true: a stream's place is its own run's; prepare the rows instead")
 
 
 POSITIVE = ("steps", "batch_rows", "microbatches", "data.seq_len", "checkpoint.keep_last", "select.k",
             "select.pool_factor", "assist.window", "optimizer.muon_steps")  # fmt: skip
 LEAST = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(
-    ("data.order_seed", "data.sentinels", "assist.teacher_step", "mesh.data", "mesh.fsdp", "mesh.tensor"), -1
+    ("data.order_seed", "data.sentinels", "assist.teacher_step", "mesh.data", "mesh.fsdp", "mesh.tensor",
+     "represent.helper_step", "represent.student_layer", "represent.helper_layer", "grow.helper_step",
+     "grow.warmup_steps", "branch.step"), -1
 ) | {"select.scorer_step": -2, "select.reference_step": -2}  # fmt: skip
 
 
@@ -86,7 +94,7 @@ def _check_fractions(config: ml_collections.ConfigDict) -> None:
     for key in ("data.validation_fraction", "optimizer.final_fraction", "optimizer.decay_fraction",
                 "assist.fraction", "assist.weight", "assist.margin", "checkpoint.keep_fraction", "data.ul2_causal",
                 "data.ul2_prefix", "data.ul2_span", "data.corrupted", "select.band", "select.fraction",
-                "select.threshold_decay", "select.token_share"):  # fmt: skip
+                "select.threshold_decay", "select.token_share", "represent.fraction"):  # fmt: skip
         if not 0.0 <= flat[key] <= 1.0:
             raise UserError(f"{key}={flat[key]}: must lie between 0 and 1")
     if not config.assist.temperature > 0:
@@ -165,6 +173,47 @@ def _check_select(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def _check_represent(config: ml_collections.ConfigDict) -> None:
+    represent = config.represent
+    one_of("represent.map", represent.map, representations.MAPS)
+    if not plugins.is_plugin(represent.schedule):
+        one_of("represent.schedule", represent.schedule, REPRESENT_SCHEDULES)
+    if (represent.schedule == "none") == bool(represent.helper):
+        raise UserError(
+            f"represent.schedule={represent.schedule} and represent.helper={represent.helper!r}: representations need "
+            "both a schedule (linear is LET's) and the run directory of a trained small LM"
+        )
+    if represent.steps > config.steps:
+        raise UserError(f"represent.steps={represent.steps} is beyond the run's steps={config.steps}; lower it")
+
+
+def _check_grow(config: ml_collections.ConfigDict) -> None:
+    grow = config.grow
+    one_of("grow.depth", grow.depth, weights.DEPTHS)
+    if grow.warmup_steps != -1 and not grow.helper:
+        raise UserError(
+            f"grow.warmup_steps={grow.warmup_steps} needs grow.helper; for other runs set optimizer.warmup_steps"
+        )
+
+
+REPRESENT_SCHEDULES = ("none", "constant", "step", "linear")
+
+
+def warmup_steps(config: ml_collections.ConfigDict) -> int:
+    """Updates over which the learning rate rises."""
+    return config.optimizer.warmup_steps if config.grow.warmup_steps < 0 else config.grow.warmup_steps
+
+
+def aligned_steps(config: ml_collections.ConfigDict) -> int:
+    """How many updates, from the first, follow a small LM's representations."""
+    represent = config.represent
+    if represent.schedule == "none":
+        return 0
+    if represent.schedule == "constant":
+        return config.steps
+    return represent.steps or round(represent.fraction * config.steps)
+
+
 def selects(config: ml_collections.ConfigDict) -> bool:
     """Whether some part of the run learns from a choice of rows or tokens."""
     return config.select.rows != "all" or config.select.token_share < 1
@@ -178,6 +227,14 @@ def selecting_steps(config: ml_collections.ConfigDict, assisted: int) -> int:
     if select.steps or select.fraction:
         return select.steps or round(select.fraction * config.steps)
     return assisted or round(WITHOUT_TEACHER * config.steps)
+
+
+def plan(config: ml_collections.ConfigDict, assisted: int = -1) -> tuple[Stage, ...]:
+    """The run's stages, where `assisted` updates have the teacher; -1: as many as the config allows."""
+    assisted = assisted_steps(config) if assisted < 0 else assisted
+    return stages(
+        config.steps, assisted=assisted, selecting=selecting_steps(config, assisted), aligned=aligned_steps(config)
+    )
 
 
 THEN = ("all", "unseen")  # other values of select.then are files

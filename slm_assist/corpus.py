@@ -185,10 +185,12 @@ def sentinels(config: ml_collections.ConfigDict) -> int:
 
 
 def find_vocabulary(config: ml_collections.ConfigDict, run: RunDir | None) -> Vocabulary | None:
-    """A run that goes on keeps its own; then the config's, that of a helper; None: one is to be trained."""
+    """A run that goes on keeps its own; else the config's, a trunk's or a helper's; None: one is to be trained."""
     if run and run.config.is_file():
         return Vocabulary.load(run.tokenizer)
     given = config.data.vocabulary
+    if not given and config.branch.run:
+        given = helpers_lib.open_trunk(config.branch.run, config.branch.step).path
     for role, (directory, _) in roles.wanted(config).items() if not given else ():
         given = given or helpers_lib.open_run(role, directory).path
     if "://" in str(given):

@@ -3,7 +3,8 @@
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,14 +12,14 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from slm_assist import aligning, config_rules, corpus, optim, roles, sharding
 from slm_assist import config as config_lib
-from slm_assist import config_rules, corpus, optim, roles, sharding
 from slm_assist import feed as feed_lib
 from slm_assist.assist import helpers as helpers_lib
-from slm_assist.assist import online, row_list
+from slm_assist.assist import online, row_list, weights
 from slm_assist.assist.schedule import AssistSchedule, assist_schedule
 from slm_assist.assist.scores import Score
-from slm_assist.assist.stages import Stage, stages
+from slm_assist.assist.stages import Stage
 from slm_assist.data import mixture, objectives
 from slm_assist.data import rows as rows_lib
 from slm_assist.data.objectives import Objective
@@ -49,6 +50,7 @@ class Experiment:
     objective: Objective
     data: feed_lib.Data
     validation: Perplexity
+    guide_width: int = 0  # of the small LM whose representations are followed
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -60,15 +62,15 @@ class Experiment:
 
     def plan(self, assisted: int = -1) -> tuple[Stage, ...]:
         """The stages, where `assisted` updates have the teacher; -1: as many as the config allows."""
-        assisted = config_rules.assisted_steps(self.config) if assisted < 0 else assisted
-        selecting = config_rules.selecting_steps(self.config, assisted)
-        return stages(self.config.steps, assisted=assisted, selecting=selecting)
+        return config_rules.plan(self.config, assisted)
 
-    def first_assist(self) -> dict[str, jax.Array]:
-        """What schedule and selection know before the first update: `TrainState.assist`."""
+    def first_assist(self) -> dict[str, Any]:
+        """What the gifts have come to before the first update: `TrainState.assist`."""
         decided = self.schedule.stage1_steps is not None
         assisted = config_rules.assisted_steps(self.config) if decided else -1
         memory = online.initial_state(self.config.select.rule) if self.config.select.rows == "online" else {}
+        if aligning.projects(self.config):
+            memory["map"] = aligning.first_map(self.config, self.student, self.guide_width)
         return {"stage1_steps": jnp.int32(assisted), **memory}
 
     def switched(self, state: TrainState, step: int) -> TrainState:
@@ -150,6 +152,7 @@ def build(config: ml_collections.ConfigDict, run: RunDir, say: Say, group: Group
         prepared=prepared,
         student=make_student(config, model),
         schedule=make_schedule(config),
+        guide_width=aligning.guide_width(config, run),
         score=roles.score_of(config, vocabulary.size),
         objective=objective,
         data=feed_lib.Data(config, prepared.train, objective, mesh),
@@ -185,11 +188,20 @@ def _check_before_data(config: ml_collections.ConfigDict, run: RunDir) -> None:
             objectives.make(
                 config.data, vocabulary.with_sentinels(len(vocabulary.sentinel_ids) or corpus.sentinels(config))
             )
-    if not run.config.is_file():
+    if not (run.config.is_file() or config.branch.run):
         for role, (directory, step) in wanted.items():
-            helpers_lib.find(role, directory, step=step, vocabulary=vocabulary, dtype=jnp.float32)
+            helper = helpers_lib.find(role, directory, step=step, vocabulary=vocabulary, dtype=jnp.float32)
+            check_fits(config, helper, model_config(config, vocabulary.size))
         if config.validation.buckets:
             helpers_lib.open_run("buckets", config.validation.buckets)
+
+
+def check_fits(config: ml_collections.ConfigDict, helper: helpers_lib.Helper, student: ModelConfig) -> None:
+    """Raises `UserError` where the student's shape does not go with a helper's."""
+    if helper.role == "guide":
+        aligning.layers(config, student, helper.model.config)
+    if helper.role == "parent":
+        weights.check(helper.model.config, student, depth=config.grow.depth, noise=config.grow.noise)
 
 
 def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
@@ -239,7 +251,7 @@ def make_student(config: ml_collections.ConfigDict, model: Transformer) -> Stude
         c.schedule,
         peak=c.peak_learning_rate,
         steps=config.steps,
-        warmup_steps=c.warmup_steps,
+        warmup_steps=config_rules.warmup_steps(config),
         final_fraction=c.final_fraction,
         decay_fraction=c.decay_fraction,
     )
@@ -299,8 +311,14 @@ def with_attention(
     return dataclasses.replace(helper, model=dataclasses.replace(helper.model, attention=backend))
 
 
-def facts(experiment: Experiment, helpers: dict[str, helpers_lib.Helper]) -> dict[str, Any]:
-    """What config.json keeps beside the config: enough to tell whether two runs can be compared."""
+def facts(
+    experiment: Experiment, helpers: dict[str, helpers_lib.Helper], helped: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """What config.json keeps beside the config: enough to tell whether two runs can be compared.
+
+    Args:
+      helpers: the small LMs that are to help; helped: facts of those that have helped already.
+    """
     train, config = experiment.prepared.train, experiment.config
     device = experiment.mesh.devices.flat[0]
     return {
@@ -316,7 +334,7 @@ def facts(experiment: Experiment, helpers: dict[str, helpers_lib.Helper]) -> dic
         "validation_rows_count": len(experiment.validation.row_ids),
         "seq_len": config.data.seq_len,
         "batch_rows": config.batch_rows,
-        "helpers": {role: helper.facts() for role, helper in helpers.items()},
+        "helpers": {**helped, **{role: helper.facts() for role, helper in helpers.items()}},
         "hardware": device.device_kind if device.platform != "cpu" else f"CPU ({platform.machine()})",
         "devices": experiment.mesh.size,
         "dtype": str(experiment.dtype),

@@ -13,11 +13,16 @@ from slm_assist.models import ModelConfig
 
 def forward(config: ModelConfig, seq_len: int) -> float:
     """FLOPs of one forward pass, a token, in rows of `seq_len` tokens."""
+    return layers(config, seq_len, config.num_layers) + head(config)
+
+
+def layers(config: ModelConfig, seq_len: int, count: int) -> float:
+    """FLOPs of the first `count` layers, a token."""
     width, head_dim = config.d_model, config.head_dim
     projections = width * head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     mlp = (3 if config.gated_mlp else 2) * width * config.d_ff
     attention = 2 * 2 * seq_len * config.num_heads * head_dim
-    return config.num_layers * (2 * (projections + mlp) + attention) + head(config)
+    return count * (2 * (projections + mlp) + attention)
 
 
 def head(config: ModelConfig) -> float:
@@ -33,6 +38,11 @@ def plain(student: ModelConfig, seq_len: int) -> float:
 def assisted(student: ModelConfig, teacher: ModelConfig, seq_len: int) -> float:
     """Training FLOPs, a token, with the teacher's forward pass."""
     return plain(student, seq_len) + forward(teacher, seq_len)
+
+
+def projection(student: ModelConfig, guide: ModelConfig) -> float:
+    """Training FLOPs, a token, of the learnt map between two models' hidden states."""
+    return 3 * 2 * student.d_model * guide.d_model
 
 
 def peak(device: jax.Device) -> float | None:

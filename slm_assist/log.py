@@ -101,8 +101,8 @@ class Log:
     """
 
     NEW: ClassVar[dict[str, Any]] = {
-        "offset": 0, "tokens": 0.0, "flops": {"student": 0.0, "teacher": 0.0, "scorer": 0.0}, "seconds": {},
-        "auto": None, "input_wait": 0.0,
+        "offset": 0, "tokens": 0.0, "flops": {"student": 0.0, "teacher": 0.0, "scorer": 0.0, "guide": 0.0},
+        "seconds": {}, "auto": None, "input_wait": 0.0,
     }  # fmt: skip
 
     def __init__(
@@ -118,7 +118,7 @@ class Log:
         config = experiment.config
         self._experiment, self._run, self._helpers, self._clock, self._auto = experiment, run, helpers, clock, auto
         self._pending: tuple[int, Stage, Metrics, Batch] | None = None
-        self._tokens, self._flops = meta["tokens"], dict(meta["flops"])
+        self._tokens, self._flops = meta["tokens"], self.NEW["flops"] | meta["flops"]
         self._said_ties = False
         self._input_wait, self._to_first_step = meta["input_wait"], None
         self._batch_tokens = config.batch_rows * config.data.seq_len

@@ -256,6 +256,8 @@ def on_paper(config: ml_collections.ConfigDict, devices: Devices, mesh: Any, hel
     objectives.check(config.data)
     check_top_k(config.assist.top_k, size)
     shape = experiment_lib.model_config(config, size)
+    for helper in helpers.values():
+        experiment_lib.check_fits(config, helper, shape)
     model = _transformer(config, config.compute.attention, shape, devices, mesh, config.compute.remat)
     objective = Objective(config.data.objective, config.data.objective in ("prefix", "ul2"), "", dict)
     return Experiment(
@@ -264,6 +266,7 @@ def on_paper(config: ml_collections.ConfigDict, devices: Devices, mesh: Any, hel
         prepared=SimpleNamespace(train=SimpleNamespace(domains=["all"])),
         student=experiment_lib.make_student(config, model),
         schedule=experiment_lib.make_schedule(config),
+        guide_width=helpers["guide"].model.config.d_model if "guide" in helpers else 0,
         score=roles.score_of(config, size),
         objective=objective,
         data=None,

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from slm_assist import compiled as compiled_lib
-from slm_assist import programs, sharding
+from slm_assist import programs, sharding, start
 from slm_assist import state as state_lib
 from slm_assist.assist.helpers import Helper
 from slm_assist.assist.stages import Stage
@@ -46,12 +46,7 @@ class Memory(NamedTuple):
 
 def state_shapes(experiment: Experiment) -> state_lib.TrainState:
     """The train state as shapes with their layout on the experiment's mesh; allocates nothing."""
-    student, assist = experiment.student, experiment.first_assist()
-    init = functools.partial(state_lib.init, student.model, student.optimizer, experiment.config.seed, assist)
-    layout = state_lib.state_shardings(student.model, student.optimizer, assist, experiment.mesh)
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(init), layout
-    )
+    return start.shapes(experiment)[1]
 
 
 def device_bytes(tree: Any) -> int:

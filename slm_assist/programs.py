@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache as compilation_cache_lib
 
-from slm_assist import look, roles, sharding, steps
+from slm_assist import aligning, look, roles, sharding, steps
 from slm_assist.assist import online
 from slm_assist.assist.helpers import Helper
 from slm_assist.assist.stages import Stage
@@ -167,7 +167,7 @@ def _set_cache(options: dict[str, Any]) -> None:
 def _program(experiment: Experiment, stage: Stage) -> tuple:
     """What tells the steps of two stages apart."""
     select = experiment.config.select
-    return stage.soft_labels, stage.selecting and (select.rows == "online" or select.token_share < 1)
+    return stage.soft_labels, stage.aligning, stage.selecting and (select.rows == "online" or select.token_share < 1)
 
 
 def params_in(stage: Stage, params_of: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +182,8 @@ def stage_step(experiment: Experiment, stage: Stage, helpers: dict[str, Helper])
     focus = None
     if stage.selecting and config.select.token_share < 1:
         focus = steps.Focus(models["reference"], config.select.token_share)
-    step = functools.partial(steps.plain_step, student=student, focus=focus)
+    gifts = {"focus": focus, "align": aligning.align(config, student, helpers, stage)}
+    step = functools.partial(steps.plain_step, student=student, **gifts)
     if stage.soft_labels:
         step = functools.partial(
             steps.assisted_step,
@@ -191,7 +192,7 @@ def stage_step(experiment: Experiment, stage: Stage, helpers: dict[str, Helper])
             schedule=experiment.schedule,
             temperature=config.assist.temperature,
             top_k=config.assist.top_k,
-            focus=focus,
+            **gifts,
         )
     if stage.selecting and config.select.rows == "online":
         chooser = make_filter(experiment, models, experiment.shares_teacher(helpers, stage))
@@ -253,6 +254,6 @@ def _say_costs(experiment: Experiment, kinds: tuple[Stage, ...], helpers: dict[s
         seen[role] = helper
     for stage in kinds:
         cost = experiment.step_flops(helpers, stage)
-        shares = [f"{name} {cost[name] / cost['student']:.2f}" for name in ("teacher", "scorer") if cost[name]]
+        shares = [f"{name} {cost[name] / cost['student']:.2f}" for name in ("teacher", "scorer", "guide") if cost[name]]
         if shares:
             say(f"FLOPs of an update in {stage.name}, by a plain one's: 1 + {' + '.join(shares)}")

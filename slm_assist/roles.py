@@ -5,7 +5,7 @@ from typing import NamedTuple
 import ml_collections
 
 from slm_assist import flops
-from slm_assist.assist import scores
+from slm_assist.assist import representations, scores
 from slm_assist.assist.helpers import KEYS, Helper
 from slm_assist.assist.scores import Score
 from slm_assist.assist.stages import Stage
@@ -43,6 +43,10 @@ def wanted(config: ml_collections.ConfigDict) -> dict[str, Wanted]:
     result = scoring(config, roles)
     if config.assist.schedule != "none":
         result = {"teacher": Wanted(config.assist.teacher, config.assist.teacher_step), **result}
+    if config.represent.helper:
+        result["guide"] = Wanted(config.represent.helper, config.represent.helper_step)
+    if config.grow.helper:
+        result["parent"] = Wanted(config.grow.helper, config.grow.helper_step)
     return result
 
 
@@ -64,8 +68,9 @@ def scoring(config: ml_collections.ConfigDict, roles: set[str]) -> dict[str, Wan
 
 
 def in_stage(role: str, stage: Stage) -> bool:
-    """Whether a helper takes part in a stage."""
-    return stage.soft_labels if role == "teacher" else stage.selecting
+    """Whether a helper takes part in a stage; a parent only gives what a run begins with."""
+    gifts = {"teacher": stage.soft_labels, "guide": stage.aligning, "parent": False}
+    return gifts.get(role, stage.selecting)
 
 
 def needed(config: ml_collections.ConfigDict, plan: tuple[Stage, ...], step: int) -> set[str]:
@@ -81,20 +86,41 @@ def step_flops(
     stage: Stage,
     shares_teacher: bool,
 ) -> dict[str, float]:
-    """FLOPs of one update in a stage: `student`, `teacher` (soft labels) and `scorer` (all that chooses data).
+    """FLOPs of one update in a stage: `student`, `teacher` (soft labels), `scorer` (all that chooses data), `guide`.
 
     With `shares_teacher`, the scorer's forward pass is the teacher's too.
     """
     length = config.data.seq_len
     tokens = config.batch_rows * length
     models = {role: helper.model.config for role, helper in helpers.items()} | {"learner": student}
-    cost = {"student": tokens * flops.plain(student, length), "teacher": 0.0, "scorer": 0.0}
+    cost = {"student": tokens * flops.plain(student, length), "teacher": 0.0, "scorer": 0.0, "guide": 0.0}
     score = score_of(config) if stage.selecting else None
     if stage.soft_labels:
         teacher = models["teacher"]
         cost["teacher"] = tokens * (flops.head(teacher) if shares_teacher else flops.forward(teacher, length))
+    if stage.aligning:
+        cost["guide"] = tokens * _guide_flops(config, student, helpers, stage)
     for role in score.roles if score else ():
         cost["scorer"] += config.select.pool_factor * tokens * flops.forward(models[role], length)
     if stage.selecting and config.select.token_share < 1:
         cost["scorer"] += tokens * (flops.forward(models["reference"], length) + flops.head(student))
     return cost
+
+
+def shares_soft_labels(config: ml_collections.ConfigDict, helpers: dict[str, Helper], stage: Stage) -> bool:
+    """Whether the teacher's forward pass gives the guide's representations too: one checkpoint, last hidden states."""
+    final = config.represent.helper_layer == representations.FINAL
+    return final and stage.soft_labels and helpers["guide"].same(helpers["teacher"])
+
+
+def _guide_flops(
+    config: ml_collections.ConfigDict, student: ModelConfig, helpers: dict[str, Helper], stage: Stage
+) -> float:
+    """Of the guide's layers that are needed, and of the map."""
+    guide, layer = helpers["guide"].model.config, config.represent.helper_layer
+    cost = flops.projection(student, guide) if config.represent.map == "projection" else 0.0
+    if shares_soft_labels(config, helpers, stage):
+        return cost
+    # A scan over layers runs to its end.
+    count = guide.num_layers if guide.scan_layers or layer == representations.FINAL else layer + 1
+    return cost + flops.layers(guide, config.data.seq_len, count)

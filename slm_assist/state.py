@@ -13,31 +13,28 @@ from slm_assist.models import Transformer
 class TrainState(NamedTuple):
     """A pytree; `step` updates are done.
 
-    `assist` holds what schedule and selection have decided so far, under its own name in the checkpoint:
-    `stage1_steps` (-1: not yet) and what the rule of selection remembers.
+    `assist` holds what the gifts have come to so far, under its own name in the checkpoint: `stage1_steps` (-1: not
+    decided yet), what the rule of selection remembers, and the `map` between representations.
     """
 
     step: jax.Array  # int32
     params: Any  # float32
     opt_state: Any
-    assist: dict[str, jax.Array]
+    assist: dict[str, Any]
 
 
-def init(
-    model: Transformer, optimizer: optax.GradientTransformation, seed: int, assist: dict[str, jax.Array]
-) -> TrainState:
+def init(model: Transformer, optimizer: optax.GradientTransformation, seed: int, assist: dict[str, Any]) -> TrainState:
     """The state before the first update; jit it with `state_shardings` as `out_shardings`."""
-    params = model.init(jax.random.key(seed))
-    return TrainState(
-        step=jnp.int32(0),
-        params=params,
-        opt_state=optimizer.init(params),
-        assist=assist,
-    )
+    return begin(model.init(jax.random.key(seed)), optimizer, assist)
+
+
+def begin(params: Any, optimizer: optax.GradientTransformation, assist: dict[str, Any]) -> TrainState:
+    """The state before the first update of given parameters."""
+    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params), assist=assist)
 
 
 def state_shardings(
-    model: Transformer, optimizer: optax.GradientTransformation, assist: dict[str, jax.Array], mesh: jax.sharding.Mesh
+    model: Transformer, optimizer: optax.GradientTransformation, assist: dict[str, Any], mesh: jax.sharding.Mesh
 ) -> TrainState:
     """A `TrainState` of `NamedSharding`: optimizer statistics lie where their parameters lie."""
     shapes, axes = model.shapes(), model.logical_axes()
@@ -46,5 +43,5 @@ def state_shardings(
         step=whole,
         params=sharding.shardings(axes, shapes, mesh),
         opt_state=optim.state_shardings(optimizer, shapes, axes, mesh),
-        assist=dict.fromkeys(assist, whole),
+        assist=jax.tree.map(lambda _: whole, assist),
     )

@@ -2,6 +2,7 @@
 
     plain_step     next-token training
     assisted_step  the same with a small LM's soft labels; its forward pass is part of the step
+                   (either of them, with `align`, also by a small LM's representations)
     choosing_step  either of them on rows that a small LM has chosen among candidates, as part of the step
     eval_step      sums for each row
 
@@ -19,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from slm_assist.assist import labels, online, scores, selection
+from slm_assist.assist import labels, online, representations, scores, selection
 from slm_assist.assist.labels import Batch
+from slm_assist.assist.representations import Align
 from slm_assist.assist.schedule import AssistSchedule
 from slm_assist.losses import Loss
 from slm_assist.metrics import Metrics
@@ -39,6 +41,10 @@ class Student:
     block_bytes: int | None = None
     microbatches: int = 1
 
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        return {"z_loss": self.z_loss, "block_bytes": self.block_bytes}
+
 
 @dataclasses.dataclass(frozen=True)
 class Focus:
@@ -55,6 +61,7 @@ def plain_step(
     *,
     student: Student,
     focus: Focus | None = None,
+    align: Align | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update by next-token cross-entropy.
 
@@ -62,29 +69,17 @@ def plain_step(
       state: may be donated.
       batch: `tokens`, `targets`, `mask`, `segment_ids`, `positions`, each [B, T], and `prefix_mask` where the
         objective has one.
-      helpers: `{"reference": its parameters}` with a `focus`; else none.
-      student, focus: static.
+      helpers: parameters by role: "reference" with a `focus`, `align.role` with `align`; else none.
+      student, focus, align: static.
 
     Returns:
       The state after the update, and metrics as (sum, weight) pairs.
     """
 
-    def loss_of(params: Any, rows: Batch, given: "_Given") -> Loss:
-        return labels.next_token_loss(
-            student.model,
-            params,
-            rows,
-            counted=_counted(student, rows, focus, given),
-            z_loss=student.z_loss,
-            block_bytes=student.block_bytes,
-        )
+    def label_loss(view: labels.View, rows: Batch, mask: jax.Array, _: labels.SoftLabels | None) -> Loss:
+        return labels.next_token_loss(student.model, view, rows, mask, **student.loss_options)
 
-    def before(rows: Batch) -> "_Given":
-        return _Given(None, _reference_loss(rows, helpers, student, focus))
-
-    grads, loss = _gradients(loss_of, before, state.params, batch, student.microbatches)
-    state, metrics = _update(state, grads, loss, student)
-    return state, metrics | _selected_tokens(batch, loss, focus)
+    return _learn(label_loss, state, batch, helpers, student, focus, align)
 
 
 def assisted_step(
@@ -98,12 +93,13 @@ def assisted_step(
     temperature: float,
     top_k: int = 0,
     focus: Focus | None = None,
+    align: Align | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update by (1 - w) cross-entropy + w CE(teacher, student) (arXiv 2410.18779).
 
     Args:
-      state, batch, student, focus: as for `plain_step`.
-      helpers: `{"teacher": its parameters}`; not in the state, not donated.
+      state, batch, student, focus, align: as for `plain_step`.
+      helpers: those of `plain_step`, and `{"teacher": its parameters}`; not in the state, not donated.
       teacher: the model of those parameters; static.
       schedule: gives w for `state.step`; static.
       temperature, top_k: of the soft labels, see `losses.blocked.distillation`; static.
@@ -113,28 +109,22 @@ def assisted_step(
     """
     weight = schedule.weight_at(state.step)
 
-    def loss_of(params: Any, rows: Batch, given: "_Given") -> Loss:
+    def label_loss(view: labels.View, rows: Batch, mask: jax.Array, soft_labels: labels.SoftLabels | None) -> Loss:
         return labels.soft_label_loss(
             student.model,
-            params,
+            view,
             rows,
+            mask,
             teacher,
-            given.soft_labels,
+            soft_labels,
             weight=weight,
-            counted=_counted(student, rows, focus, given),
             temperature=temperature,
             top_k=top_k,
-            z_loss=student.z_loss,
-            block_bytes=student.block_bytes,
+            **student.loss_options,
         )
 
-    def before(rows: Batch) -> "_Given":
-        soft_labels = labels.teach(teacher, helpers["teacher"], rows)
-        return _Given(soft_labels, _reference_loss(rows, helpers, student, focus))
-
-    grads, loss = _gradients(loss_of, before, state.params, batch, student.microbatches)
-    state, metrics = _update(state, grads, loss, student)
-    return state, metrics | {"assist_weight": (weight, jnp.float32(1))} | _selected_tokens(batch, loss, focus)
+    state, metrics = _learn(label_loss, state, batch, helpers, student, focus, align, teacher)
+    return state, metrics | {"assist_weight": (weight, jnp.float32(1))}
 
 
 def choosing_step(
@@ -160,7 +150,8 @@ def choosing_step(
 
 def eval_step(params: Any, batch: Batch, *, model: Transformer, block_bytes: int | None = None) -> dict[str, jax.Array]:
     """Sums over the tokens of each row, [B] float32: `cross_entropy` (nats), `correct` and `tokens`."""
-    loss = labels.next_token_loss(model, params, batch, block_bytes=block_bytes, per_token=True)
+    view = labels.see(model, params, batch)
+    loss = labels.next_token_loss(model, view, batch, batch["mask"], block_bytes=block_bytes, per_token=True)
     per_row = {"cross_entropy": loss.parts["cross_entropy"], "correct": loss.parts["correct"], "tokens": loss.weight}
     return {name: value_BxT.sum(axis=1) for name, value_BxT in per_row.items()}
 
@@ -169,7 +160,60 @@ class _Given(NamedTuple):
     """What helpers say of a microbatch, outside the gradient."""
 
     soft_labels: labels.SoftLabels | None
+    guide_hidden: jax.Array | None  # [B, T, E]
     reference_loss: jax.Array | None  # [B, T]
+
+
+class _Trained(NamedTuple):
+    """What gradients are taken of."""
+
+    params: Any
+    kernel: jax.Array | None  # of the map between representations
+
+
+def _learn(
+    label_loss: Callable[[labels.View, Batch, jax.Array, labels.SoftLabels | None], Loss],
+    state: TrainState,
+    batch: Batch,
+    helpers: Mapping[str, Any],
+    student: Student,
+    focus: Focus | None,
+    align: Align | None,
+    teacher: Transformer | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One update by `label_loss` and, with `align`, lambda times the distance of representations."""
+    strength = align.schedule.weight_at(state.step) if align else None
+    projects = align is not None and align.map == "projection"
+
+    def loss_of(trained: _Trained, rows: Batch, given: _Given) -> Loss:
+        view = labels.see(student.model, trained.params, rows, (align.student_layer,) if align else ())
+        mask_BxT = _counted(student, view, rows, focus, given)
+        loss = label_loss(view, rows, mask_BxT, given.soft_labels)
+        if align is None:
+            return loss
+        aligned = representations.let(view.tapped[align.student_layer], given.guide_hidden, mask_BxT, trained.kernel)
+        return representations.added(loss, aligned, strength)
+
+    def before(rows: Batch) -> _Given:
+        soft_labels = labels.teach(teacher, helpers["teacher"], rows) if teacher else None
+        guide_hidden = _guide_hidden(align, helpers, rows, soft_labels) if align else None
+        return _Given(soft_labels, guide_hidden, _reference_loss(rows, helpers, student, focus))
+
+    trained = _Trained(state.params, state.assist["map"].kernel if projects else None)
+    grads, loss = _gradients(loss_of, before, trained, batch, student.microbatches)
+    state, metrics = _update(state, grads, loss, student, align if projects else None)
+    if align:
+        metrics["align_weight"] = (strength, jnp.float32(1))
+    return state, metrics | _selected_tokens(batch, loss, focus)
+
+
+def _guide_hidden(
+    align: Align, helpers: Mapping[str, Any], rows: Batch, soft_labels: labels.SoftLabels | None
+) -> jax.Array:
+    if align.shares_soft_labels:
+        return soft_labels.hidden_BxTxD
+    seen = labels.frozen_hidden(align.guide, helpers[align.role], rows, representations.taps(align))
+    return representations.hidden_of(align, seen)
 
 
 def _reference_loss(rows: Batch, helpers: Mapping[str, Any], student: Student, focus: Focus | None) -> jax.Array | None:
@@ -178,18 +222,14 @@ def _reference_loss(rows: Batch, helpers: Mapping[str, Any], student: Student, f
     return labels.token_stats(focus.reference, helpers["reference"], rows, block_bytes=student.block_bytes).loss
 
 
-def _counted(student: Student, rows: Batch, focus: Focus | None, given: _Given) -> labels.CountedTokens | None:
-    """The top share of the microbatch's tokens by learner minus reference loss; one more pass over the head."""
+def _counted(student: Student, view: labels.View, rows: Batch, focus: Focus | None, given: _Given) -> jax.Array:
+    """The mask, or of its tokens the top share by learner minus reference loss; one more pass over the head."""
     if focus is None:
-        return None
-
-    def counted(hidden_BxTxD: jax.Array, head_DxV: jax.Array) -> jax.Array:
-        view = jax.lax.stop_gradient((hidden_BxTxD, head_DxV))
-        learner = labels.stats_of(student.model, *view, rows, student.block_bytes)
-        excess = scores.excess(learner.loss, given.reference_loss)
-        return rows["mask"] * selection.top_share(excess, rows["mask"], focus.share)
-
-    return counted
+        return rows["mask"]
+    hidden_BxTxD, head_DxV = jax.lax.stop_gradient(view[:2])
+    learner = labels.stats_of(student.model, hidden_BxTxD, head_DxV, rows, student.block_bytes)
+    excess = scores.excess(learner.loss, given.reference_loss)
+    return rows["mask"] * selection.top_share(excess, rows["mask"], focus.share)
 
 
 def _selected_tokens(batch: Batch, loss: Loss, focus: Focus | None) -> Metrics:
@@ -231,19 +271,27 @@ def _gradients(
     return jax.lax.scan(add, zeros, split)[0]
 
 
-def _update(state: TrainState, grads: Any, loss: Loss, student: Student) -> tuple[TrainState, Metrics]:
+def _update(
+    state: TrainState, grads: _Trained, loss: Loss, student: Student, align: Align | None
+) -> tuple[TrainState, Metrics]:
     scale = jnp.where(loss.weight > 0, 1 / jnp.maximum(loss.weight, 1), 0.0)
     grads = jax.tree.map(lambda g: g * scale, grads)
-    updates, opt_state = student.optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = student.optimizer.update(grads.params, state.opt_state, state.params)
     one = jnp.float32(1)
     metrics = {"loss": (loss.total, loss.weight), "tokens": (loss.weight, one)}
     metrics |= {NAMES.get(name, name): (total, loss.weight) for name, total in loss.parts.items()}
     metrics |= {
-        "grad_norm": (optax.tree.norm(grads), one),
+        "grad_norm": (optax.tree.norm(grads.params), one),
         "learning_rate": (jnp.asarray(student.learning_rate(state.step), jnp.float32), one),
     }
-    state = state._replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-    return state, metrics
+    params = optax.apply_updates(state.params, updates)
+    assist = state.assist | ({"map": _map_update(align, state.assist["map"], grads.kernel)} if align else {})
+    return TrainState(state.step + 1, params, opt_state, assist), metrics
+
+
+def _map_update(align: Align, old: representations.Map, grad_DxE: jax.Array) -> representations.Map:
+    update, opt_state = align.optimizer.update(grad_DxE, old.opt_state, old.kernel)
+    return representations.Map(optax.apply_updates(old.kernel, update), opt_state)
 
 
 NAMES = {"correct": "accuracy", "teacher_correct": "teacher_accuracy"}  # of a part once it is a mean

@@ -5,7 +5,6 @@ with the same command ends where an uninterrupted one does, bit for bit.
 """
 
 import contextlib
-import functools
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -15,9 +14,8 @@ import ml_collections
 from tqdm import tqdm
 
 from slm_assist import config as config_lib
-from slm_assist import config_rules, distributed, look, metrics, programs, roles, validation
+from slm_assist import config_rules, distributed, look, metrics, programs, roles, start, validation
 from slm_assist import experiment as experiment_lib
-from slm_assist import state as state_lib
 from slm_assist.assist import auto as auto_lib
 from slm_assist.assist import helpers as helpers_lib
 from slm_assist.assist.stages import stage_at
@@ -28,7 +26,6 @@ from slm_assist.experiment import Experiment, Say
 from slm_assist.feed import Batches
 from slm_assist.log import Clock, Log, Profile
 from slm_assist.run_dir import RunDir
-from slm_assist.state import TrainState
 
 
 class Stopped(distributed.Agreed):
@@ -76,18 +73,22 @@ def _run(experiment: Experiment, run: RunDir, say: Say, group: Group, clock: Clo
     config, mesh = experiment.config, experiment.mesh
     stored = experiment_lib.check_resume(run, experiment)
     chosen = stored and {role: helper["step"] for role, helper in stored["helpers"].items()}
-    new = not whole_steps(run.checkpoints)
+    new = not (whole_steps(run.checkpoints) or config.branch.run)
     helpers = experiment_lib.find_helpers(experiment, chosen) if new else {}
 
-    state, meta, checkpoints = _start(experiment, run, say, group)
+    checkpoints = Checkpoints(
+        run.checkpoints, keep_last=config.checkpoint.keep_last, keep=config_rules.kept_steps(config), group=group
+    )
+    state, meta, helped = start.begin(experiment, run, checkpoints, helpers.pop("parent", None), say)
     first, assisted = int(state.step), int(state.assist["stage1_steps"])  # -1: `auto` has not decided
     plan = experiment.plan(assisted)
-    helpers = helpers if new else experiment_lib.find_helpers(experiment, chosen, roles.needed(config, plan, first))
+    needed = roles.needed(config, plan, first)
+    helpers = helpers if new else experiment_lib.find_helpers(experiment, chosen, needed)
     if stored:
         experiment_lib.check_helpers(run, stored, helpers)
     experiment.data.feed(plan)  # what does not fit in the lists shows here
     helpers, params_of = helpers_lib.load_all(helpers, mesh, say)
-    facts = stored or experiment_lib.facts(experiment, helpers)
+    facts = stored or experiment_lib.facts(experiment, helpers, helped)
     group.same("run", {"step": first} | facts)  # and nobody reads the directory as it was after this
     clock.restore(meta["seconds"])
     clock.lap("start")
@@ -180,28 +181,6 @@ def _as_one(group: Group, config: ml_collections.ConfigDict, say: Say) -> tuple[
     config = config.copy_and_resolve_references()
     config.log.progress = config.log.tensorboard = False
     return config, lambda line: None
-
-
-def _start(
-    experiment: Experiment, run: RunDir, say: Say, group: Group
-) -> tuple[TrainState, dict[str, Any], Checkpoints]:
-    """The newest state that can be restored, or a new one; with what its checkpoint knew."""
-    config, student = experiment.config, experiment.student
-    assist = experiment.first_assist()
-    layout = state_lib.state_shardings(student.model, student.optimizer, assist, experiment.mesh)
-    init = functools.partial(state_lib.init, student.model, student.optimizer, config.seed, assist)
-    like = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(init), layout
-    )
-    checkpoints = Checkpoints(
-        run.checkpoints, keep_last=config.checkpoint.keep_last, keep=config_rules.kept_steps(config), group=group
-    )
-    restored = checkpoints.restore_newest(like, say)
-    if restored:
-        state, meta = restored
-        say(f"{run}: going on from step {int(state.step)}")
-        return state, meta, checkpoints
-    return jax.jit(init, out_shardings=layout)(), Log.NEW, checkpoints
 
 
 def _write_identity(experiment: Experiment, run: RunDir, facts: dict[str, Any]) -> None:

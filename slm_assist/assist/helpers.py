@@ -21,6 +21,8 @@ KEYS = {  # where the config names a role's run
     "teacher": "assist.teacher",
     "scorer": "select.scorer",
     "reference": "select.reference",
+    "guide": "represent.helper",
+    "parent": "grow.helper",
     "buckets": "validation.buckets",
 }
 NEWEST, KEPT = -1, -2  # steps that are found out: the newest whole checkpoint, the one kept for scoring
@@ -56,6 +58,7 @@ class Helper:
             "run": str(self.run.path.resolve()),
             "step": self.step,
             "parameters": self.model.num_params(),
+            "width": self.model.config.d_model,
             "train_flops": self.run.flops_at(self.step),
             "bytes": self.bytes(),
             "identity": hashlib.blake2b(self.run.config.read_bytes(), digest_size=16).hexdigest(),
@@ -95,6 +98,10 @@ class Helper:
             return jax.ShapeDtypeStruct(x.shape, self.model.dtype, sharding=place)
 
         return jax.tree.map(one, self.model.logical_axes(), self.model.shapes(), is_leaf=sharding.is_names)
+
+    def with_dtype(self, dtype: jnp.dtype, placement: Placement) -> "Helper":
+        """The same with its parameters in another dtype and at another place."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, dtype=dtype), placement=placement)
 
     def load(self, mesh: Mesh, say: Callable[[str], None] = print) -> tuple["Helper", Any]:
         """The helper with the step that was found, and its parameters on the devices.
@@ -154,6 +161,19 @@ def open_run(role: str, directory: str, step: int = -1) -> RunDir:
         raise UserError(f"{KEYS[role]}={directory}: not a run directory, it has no {run.model.name}")
     checkpoint.check_step(run.checkpoints, max(step, NEWEST))
     return run
+
+
+def open_trunk(directory: str, step: int) -> RunDir:
+    """The run that a branch goes on from.
+
+    Raises:
+      UserError: there is no such run or checkpoint.
+    """
+    trunk = RunDir(directory)
+    if not trunk.config.is_file():
+        raise UserError(f"branch.run={directory}: no run was started there; train it first, or name another directory")
+    checkpoint.check_step(trunk.checkpoints, step)
+    return trunk
 
 
 def find_step(role: str, run: RunDir, step: int) -> int:

@@ -1,7 +1,7 @@
 """Labels: the next token (hard) and the small LM's predictions for the student's own inputs (soft)."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,6 @@ from slm_assist.sharding import constrain, helper_layout
 
 Batch = Mapping[str, jax.Array]
 ARRAYS = ("tokens", "targets", "segment_ids", "positions", "mask")  # of every batch, [B, T]; some have a prefix_mask
-CountedTokens = Callable[[jax.Array, jax.Array], jax.Array]  # the student's (hidden, head) -> mask [B, T]
 
 
 class SoftLabels(NamedTuple):
@@ -23,20 +22,42 @@ class SoftLabels(NamedTuple):
     head_DxV: jax.Array
 
 
-def hidden_and_head(model: Transformer, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Last hidden states [B, T, d] and output head [d, V] of `model` on the rows of `batch`.
+class View(NamedTuple):
+    """A model's last hidden states [B, T, d], its output head [d, V], and the hidden states after layers asked for."""
+
+    hidden_BxTxD: jax.Array
+    head_DxV: jax.Array
+    tapped: Mapping[int, jax.Array]
+
+
+def see(model: Transformer, params: Any, batch: Batch, taps: tuple[int, ...] = ()) -> View:
+    """What `model` makes of the rows of `batch`.
 
     Every model meets a batch through this function, so a teacher sees the student's exact inputs, segments,
     positions and prefixes.
     """
-    hidden_BxTxD = model.apply(
+    hidden, tapped = hidden_states(model, params, batch, taps)
+    return View(hidden, model.head(params), tapped)
+
+
+def hidden_states(
+    model: Transformer, params: Any, batch: Batch, taps: tuple[int, ...] = ()
+) -> tuple[jax.Array, Mapping[int, jax.Array]]:
+    """`see` without the head."""
+    found = model.apply(
         params,
         batch["tokens"],
         segment_ids=batch["segment_ids"],
         positions=batch["positions"],
         prefix_mask=batch.get("prefix_mask"),
+        taps=taps,
     )
-    return hidden_BxTxD, model.head(params)
+    return found if taps else (found, {})
+
+
+def hidden_and_head(model: Transformer, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """`see` without taps."""
+    return see(model, params, batch)[:2]
 
 
 def _logits(model: Transformer) -> dict[str, Any]:
@@ -87,9 +108,16 @@ def teach(teacher: Transformer, params: Any, batch: Batch) -> SoftLabels:
     """
     if TEACHER_HIDDEN in batch:
         return SoftLabels(batch[TEACHER_HIDDEN], teacher.head(params))
+    return SoftLabels(frozen_hidden(teacher, params, batch)[0], teacher.head(params))
+
+
+def frozen_hidden(
+    model: Transformer, params: Any, batch: Batch, taps: tuple[int, ...] = ()
+) -> tuple[jax.Array, Mapping[int, jax.Array]]:
+    """`hidden_states` of a helper, on its own layout, handed over to the student's."""
     with helper_layout(_rows(batch)):
-        hidden_BxTxD, head_DxV = jax.lax.stop_gradient(hidden_and_head(teacher, params, _laid_out(batch)))
-    return SoftLabels(constrain(hidden_BxTxD, "batch", "length", "act_embed"), head_DxV)
+        found = jax.lax.stop_gradient(hidden_states(model, params, _laid_out(batch), taps))
+    return jax.tree.map(lambda x: constrain(x, "batch", "length", "act_embed"), found)
 
 
 def _rows(batch: Batch) -> int:
@@ -104,47 +132,41 @@ def _laid_out(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 TEACHER_HIDDEN = "teacher_hidden"
 
 
-def next_token_loss(
-    student: Transformer, params: Any, batch: Batch, *, counted: CountedTokens | None = None, **options
-) -> Loss:
-    """Cross-entropy of the next token on a batch.
+def next_token_loss(student: Transformer, view: View, batch: Batch, mask_BxT: jax.Array, **options) -> Loss:
+    """Cross-entropy of the next token.
 
     Args:
-      counted: which tokens the loss counts, from what the student makes of them; None: those of the mask.
+      view: what the student makes of the batch, from `see`.
+      mask_BxT: the tokens that the loss counts, by how much.
       options: z_loss, block_bytes and per_token of `losses.blocked.cross_entropy`.
     """
-    view = hidden_and_head(student, params, batch)
     return blocked.cross_entropy(
-        *view,
-        batch["targets"],
-        counted(*view) if counted else batch["mask"],
-        **_logits(student),
-        **options,
+        view.hidden_BxTxD, view.head_DxV, batch["targets"], mask_BxT, **_logits(student), **options
     )
 
 
 def soft_label_loss(
     student: Transformer,
-    params: Any,
+    view: View,
     batch: Batch,
+    mask_BxT: jax.Array,
     teacher: Transformer,
     soft_labels: SoftLabels,
     *,
     weight: Weight,
-    counted: CountedTokens | None = None,
     **options,
 ) -> Loss:
-    """(1 - w) cross-entropy + w CE(q, p) on a batch, q from `soft_labels`, the result of `teach`.
+    """(1 - w) cross-entropy + w CE(q, p), q from `soft_labels`, the result of `teach`.
 
-    Gradients reach `params` only. `counted` is that of `next_token_loss`; `options` (temperature, top_k, z_loss,
-    block_bytes, per_token) and the result are those of `losses.blocked.distillation`.
+    Gradients reach what `view` was made of only, and `options` (temperature, top_k, z_loss, block_bytes, per_token)
+    and the result are those of `losses.blocked.distillation`. Other arguments as for `next_token_loss`.
     """
-    view = hidden_and_head(student, params, batch)
     return blocked.distillation(
-        *view,
+        view.hidden_BxTxD,
+        view.head_DxV,
         *soft_labels,
         batch["targets"],
-        counted(*view) if counted else batch["mask"],
+        mask_BxT,
         weight=weight,
         **_logits(student),
         **{f"teacher_{name}": value for name, value in _logits(teacher).items()},

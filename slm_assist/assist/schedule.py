@@ -63,7 +63,9 @@ class AssistSchedule:
         return jnp.where(remaining > 0, weight, 0.0).astype(jnp.float32)
 
 
-def assist_schedule(kind: str, *, weight: float = 0.667, steps: int = 0, decay_steps: int = 0) -> AssistSchedule:
+def assist_schedule(
+    kind: str, *, weight: float = 0.667, steps: int = 0, decay_steps: int = 0, section: str = "assist"
+) -> AssistSchedule:
     """The schedule of the small LM's weight.
 
     Args:
@@ -72,14 +74,15 @@ def assist_schedule(kind: str, *, weight: float = 0.667, steps: int = 0, decay_s
       weight: w in [0, 1]; the loss is (1 - w) cross-entropy + w CE(teacher, student). Not used by a function.
       steps: n_KD, the number of assisted updates, of `auto` the most; not used by `none` and `constant`.
       decay_steps: `linear` and `ratio`: the updates at the end of stage 1 over which w goes to 0; by default half.
+      section: of the config, for messages.
 
     Raises:
       UserError: the kind is unknown, `ratio` has a weight of 1, or a function cannot be found or gives no scalar.
       ValueError: a weight outside [0, 1], or `decay_steps` longer than stage 1.
     """
-    function = _function(kind) if plugins.is_plugin(kind) else None
+    function = _function(f"{section}.schedule", kind) if plugins.is_plugin(kind) else None
     if function is None:
-        one_of("assist.schedule", kind, KINDS)
+        one_of(f"{section}.schedule", kind, KINDS)
     if not 0.0 <= weight <= 1.0:
         raise ValueError(f"weight {weight} must lie between 0 and 1")
     if kind == "none":
@@ -100,12 +103,12 @@ def assist_schedule(kind: str, *, weight: float = 0.667, steps: int = 0, decay_s
     return AssistSchedule(kind, weight, steps, function=function)
 
 
-def _function(name: str) -> Callable[[jax.Array], jax.Array]:
-    function = plugins.load("assist.schedule", name)
+def _function(key: str, name: str) -> Callable[[jax.Array], jax.Array]:
+    function = plugins.load(key, name)
     try:
         shape = jax.eval_shape(lambda step: jnp.asarray(function(step)), jax.ShapeDtypeStruct((), jnp.int32)).shape
     except Exception as error:  # it is somebody's code: anything may come out of it
-        raise UserError(f"assist.schedule={name!r}: it must map a traced step to w, but fails: {error!r}") from error
+        raise UserError(f"{key}={name!r}: it must map a traced step to w, but fails: {error!r}") from error
     if shape:
-        raise UserError(f"assist.schedule={name!r}: it gives an array of shape {shape}; w is a scalar")
+        raise UserError(f"{key}={name!r}: it gives an array of shape {shape}; w is a scalar")
     return function

@@ -1,4 +1,4 @@
-"""Spans of a run that share one compiled step: with or without soft labels, with or without a choice of data."""
+"""Spans of a run that share one compiled step: with or without soft labels, representations, a choice of data."""
 
 import dataclasses
 
@@ -13,24 +13,28 @@ class Stage:
     stop: int
     soft_labels: bool  # the teacher takes part
     selecting: bool  # rows or tokens are chosen
+    aligning: bool = False  # the guide's representations take part
 
     @property
     def name(self) -> str:
-        """`plain`, `assisted`, `selecting` or `assisted_selecting`; stages of one name share a compiled step."""
-        names = ["assisted"] * self.soft_labels + ["selecting"] * self.selecting
-        return "_".join(names) or PLAIN
+        """`plain`, or the gifts joined by `_`, as `assisted_aligned_selecting`; equal names share a compiled step."""
+        gifts = {"assisted": self.soft_labels, "aligned": self.aligning, "selecting": self.selecting}
+        return "_".join(name for name, on in gifts.items() if on) or PLAIN
 
 
-def stages(steps: int, *, assisted: int, selecting: int = 0) -> tuple[Stage, ...]:
+def stages(steps: int, *, assisted: int, selecting: int = 0, aligned: int = 0) -> tuple[Stage, ...]:
     """The stages of a run of `steps` updates, in order, without empty ones.
 
     Args:
       assisted: the first so many updates have soft labels.
       selecting: the first so many updates choose their data.
+      aligned: the first so many updates align representations.
     """
-    cuts = sorted({0, min(assisted, steps), min(selecting, steps), steps})
-    spans = zip(cuts, cuts[1:], strict=False)
-    return tuple(Stage(start, stop, start < assisted, start < selecting) for start, stop in spans)
+    cuts = sorted({0, steps, *(min(end, steps) for end in (assisted, selecting, aligned))})
+    return tuple(
+        Stage(start, stop, start < assisted, start < selecting, start < aligned)
+        for start, stop in zip(cuts, cuts[1:], strict=False)
+    )
 
 
 def stage_at(plan: tuple[Stage, ...], step: int) -> Stage:

@@ -149,7 +149,8 @@ class Layer(nn.Module):
 class Group(nn.Module):
     """One repetition of the pattern of layer kinds: the body of the scan.
 
-    Returns the hidden states and those after the layers `taps` of the group, by position in it.
+    It carries the hidden states, the number of the repetition, and the hidden states after the layers `taps` once they
+    have passed: kept in the carry there is one of each, where a result of the scan would be one for every repetition.
     """
 
     config: ModelConfig
@@ -159,14 +160,16 @@ class Group(nn.Module):
     taps: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, x_BxTxD, context: Context):
-        tapped = {}
+    def __call__(self, carry, context: Context):
+        x_BxTxD, index, tapped = carry
+        size = len(self.config.pattern)
         for position, kind in enumerate(self.config.pattern):
             layer = rematerialised(Layer, self.remat, in_scan=True)
             x_BxTxD = layer(self.config, self.dtype, self.backend, kind, name=f"layer_{position}")(x_BxTxD, context)
-            if position in self.taps:
-                tapped[position] = x_BxTxD
-        return x_BxTxD, tapped
+            for tap in self.taps:
+                if tap % size == position:
+                    tapped = tapped | {tap: jnp.where(index == tap // size, x_BxTxD, tapped[tap])}
+        return (x_BxTxD, index + 1 if tapped else index, tapped), None
 
 
 class Decoder(nn.Module):
@@ -200,7 +203,7 @@ class Decoder(nn.Module):
 
     def scanned(self, x_BxTxD, context, taps):
         """All layers as a scan over groups of parameters stacked along "layers"."""
-        c, size = self.config, len(self.config.pattern)
+        c = self.config
         scan = nn.scan(
             Group,
             variable_axes={"params": 0},
@@ -209,10 +212,9 @@ class Decoder(nn.Module):
             length=c.num_groups,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        positions = tuple(sorted({tap % size for tap in taps}))
-        groups = scan(c, self.dtype, self.backend, self.remat, positions, name="groups")
-        x_BxTxD, tapped = groups(x_BxTxD, context)
-        return x_BxTxD, {tap: tapped[tap % size][tap // size] for tap in taps}
+        start = (x_BxTxD, jnp.int32(0) if taps else None, {tap: jnp.zeros_like(x_BxTxD) for tap in taps})
+        (x_BxTxD, _, tapped), _ = scan(c, self.dtype, self.backend, self.remat, taps, name="groups")(start, context)
+        return x_BxTxD, tapped
 
     def unrolled(self, x_BxTxD, context, taps):
         """All layers one after the other, each with its own parameters."""
