@@ -11,6 +11,7 @@ give each a core). The last one writes OUT/README.md, OUT/results.json and OUT/g
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import gc
 import os
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    default = {field.name: field.default for field in planning.dataclasses.fields(Settings)}
+    default = {field.name: field.default for field in dataclasses.fields(Settings)}
     parser.add_argument("--data", required=True, help="training text, as data.source")
     parser.add_argument("--validation", required=True, help="validation text, as data.validation")
     parser.add_argument("--out", default="runs/gifts", help="directory of the runs and the page")

@@ -91,7 +91,7 @@ def _equal_flops(results: dict[str, Any]) -> str:
     text = (
         "Log-perplexity minus that of BASELINE with as many FLOPs, between BASELINE's own fully decayed models, "
         f"linearly in the logarithm of FLOPs ({measured} steps). Soft labels, scores of candidates "
-        "and every other forward pass of a small LM always count."
+        "and every other forward pass of a small LM always count; in full, each row is charged its whole training."
     )
     return f"## At equal FLOPs\n\n{text}\n\n{table(header, rows)}"
 
@@ -198,6 +198,10 @@ def picture(results: dict[str, Any]) -> bytes:
                 panel.scatter(sum(x, []), sum(y, []), s=8, alpha=0.5, linewidths=0, **look)
             panel.set_xscale("log")
             panel.set_xlabel(label)
+            if label == "steps":
+                ticks = [*results["setting"]["budgets"], results["setting"]["longest"]]
+                panel.set_xticks(ticks, map(str, ticks))
+                panel.minorticks_off()
         panels[0, 0].set_ylabel("validation log-perplexity, nats a token")
         panels[0, 0].set_title("fully decayed models; small dots are seeds")
         handles, labels = panels[0, 0].get_legend_handles_labels()

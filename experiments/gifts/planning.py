@@ -122,9 +122,7 @@ def plan(settings: Settings) -> Plan:
     check(settings)
     budgets = tuple(round(part * settings.steps) for part in BUDGETS)
     stage_1, relative = round(STAGE_1 * settings.steps), _relative_cost(settings)
-    passes = 1 + int(
-        _override(settings, "salt_ds", "select.pool_factor")
-    )  # forward passes a row: soft labels, candidates
+    passes = 1 + int(_override(settings, "salt_ds", "select.pool_factor"))  # of a row: for soft labels, as candidates
     longer = settings.steps + math.ceil(relative * settings.steps)
     longest = settings.steps + math.ceil(relative * (settings.steps + stage_1 * passes / 3))
     ends = dict.fromkeys(settings.methods, budgets) | {BASELINE: tuple(sorted({*budgets, longer, longest}))}
