@@ -1,16 +1,16 @@
 """A student that starts from a small LM's weights: its parameters, cloned to another width and depth.
 
 One rule for all tensors, by the names of their dimensions (`Transformer.logical_axes()`): a kernel consumes its first
-dimension and produces the others. Every index of a grown dimension is a clone of an index of the parent's. A producer is
-copied to the clones, a consumer is copied and divided by their number, and sums over the dimension stay what they were
-(Net2Net, HyperCloning 2409.12903, LEMON 2310.07999):
+dimension and produces the others. Every index of a grown dimension is a clone of an index of the parent's. A producer
+is copied to the clones, a consumer is copied and divided by their number, and sums over the dimension stay what they
+were (Net2Net, HyperCloning 2409.12903, LEMON 2310.07999):
 
 | dimension | clones |
 |---|---|
 | mlp | in turn: i -> i mod F |
 | kv_heads | in turn; attention reads them, so nothing is divided |
 | heads | the query heads of a kv head are dealt in turn to all query heads that read its clones |
-| embed | of the residual stream, in turn: k whole copies. What is left stays zero in it: zero producers, new consumers |
+| embed | of the residual stream, in turn: k whole copies. The rest stays zero in it: zero producers, new consumers |
 | layers | repeats of the pattern: "interleave", "stack" (G_stack, 2405.15319), or "zero", with outputs of zero |
 
 The stream is scaled so that its mean square is the parent's, which keeps RMSNorm's epsilon in proportion; what that
@@ -192,7 +192,7 @@ def grow(
     init_key, noise_key = jax.random.split(key)
     fresh = model.init(init_key) if growth.dims["embed"].fresh.any() else model.shapes()
     structure = jax.tree.structure(fresh)
-    keys = jax.tree.unflatten(structure, list(jax.random.split(noise_key, structure.num_leaves)))
+    keys = jax.tree.unflatten(structure, list(jax.random.split(noise_key, (structure.num_leaves, new.num_groups))))
     widened = functools.partial(widen, growth)
     grown = jax.tree.map(widened, model.logical_axes(), params, fresh, keys, is_leaf=sharding.is_names)
     embedding, final_norm = ends(old, new)
@@ -235,18 +235,17 @@ class Growth(NamedTuple):
     noise: float
 
 
-def widen(growth: Growth, names: sharding.Axes, x: jax.Array, new_x: jax.Array, key: jax.Array) -> jax.Array:
+def widen(growth: Growth, names: sharding.Axes, x: jax.Array, new_x: jax.Array, keys: jax.Array) -> jax.Array:
     """A parameter with the dimensions `names`, grown along those of them that grow.
 
     Args:
       new_x: a new parameter of the grown shape; looked at only where a dimension that it consumes has fresh indices.
-      key: for the noise.
+      keys: for the noise, one a layer.
     """
     if "layers" not in names:
-        return widen_one(growth, names, x.astype(jnp.float32), new_x, key, True)
+        return widen_one(growth, names, x.astype(jnp.float32), new_x, keys[0], True)
     source = growth.dims["layers"].source
     speaks = np.diff(source, prepend=-1) != 0 if growth.silent else np.ones(len(source), bool)
-    keys = jax.random.split(key, len(source))
 
     def layer(at):
         source, index, key, speaks = at
@@ -257,8 +256,20 @@ def widen(growth: Growth, names: sharding.Axes, x: jax.Array, new_x: jax.Array, 
     return jax.lax.map(layer, (source, np.arange(len(source)), keys, speaks))
 
 
-def widen_one(growth: Growth, names: sharding.Axes, x, new_x, key, speaks) -> jax.Array:
-    """`widen` of one layer's; `speaks`: whether it writes anything to the stream."""
+def widen_one(
+    growth: Growth,
+    names: sharding.Axes,
+    x: jax.Array,
+    new_x: jax.Array | None,
+    key: jax.Array,
+    speaks: jax.Array | bool,
+) -> jax.Array:
+    """`widen` of a matrix or vector, of one layer where it is in layers.
+
+    Args:
+      speaks: whether it may write to the stream, beside noise that sums to zero.
+      Others: as in `widen`.
+    """
     dims = growth.dims
     for axis, name in enumerate(names):
         if name in dims and not np.array_equal(dims[name].source, np.arange(x.shape[axis])):
@@ -282,12 +293,21 @@ def widen_one(growth: Growth, names: sharding.Axes, x, new_x, key, speaks) -> ja
     if growth.noise and dim.copies.max() > 1:
         # Differences around the ring of an index's clones sum to zero. Layers that write nothing get them too: clones
         # that meet in these layers only would stay equal.
-        def normal(indices):
-            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(indices)
-            return sharding.constrain(jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys), *names)
-
-        x = x + noise * (normal(np.arange(len(dim.next))) - normal(dim.next)) * math.sqrt(0.5) * written
+        normal = functools.partial(_normal, key, names, x.shape)
+        own, following = jax.vmap(normal)(np.stack([np.arange(len(dim.next)), dim.next]))
+        x = x + noise * math.sqrt(0.5) * (own - following) * written
     return sharding.constrain(x, *names)
+
+
+def _normal(key: jax.Array, names: sharding.Axes, shape: tuple[int, ...], index: jax.Array) -> jax.Array:
+    """Normal numbers whose row i depends on the key and index[i] alone: a device draws those that others hold, too.
+
+    The index is added to the key: to hash both, as `fold_in` does, takes longer to compile than to draw the numbers.
+    """
+    words = jax.random.key_data(key)
+    words = jnp.tile(words, (shape[0], 1)).at[:, -1].add(index.astype(words.dtype))
+    keys = jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
+    return sharding.constrain(jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys), *names)
 
 
 def _along(values: np.ndarray, names: sharding.Axes, name: str) -> np.ndarray:
