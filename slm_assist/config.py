@@ -81,9 +81,10 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.assist = ml_collections.ConfigDict()
     c.assist.schedule = "none"  # none (BASELINE) | constant (RKD) | step (SALT) | linear | ratio | auto
-    c.assist.teacher = ""  # run directory of the small LM whose soft labels are learnt
+    c.assist.teacher = ""  # run directory of the small LM whose soft labels are learnt | package.module:function
     c.assist.teacher_step = -1  # its saved step; -1: the newest whole one
     c.assist.weight = 0.667  # w: the loss is (1-w) cross-entropy + w CE(teacher, student)
+    c.assist.token_weight = ""  # package.module:function(TokenInfo, w) -> w of each token; empty: w for all
     c.assist.temperature = 1.0  # divides the teacher's logits: below 1 sharpens, above 1 softens
     c.assist.top_k = 0  # only the teacher's k likeliest tokens, renormalised; 0: all
     c.assist.steps = 0  # n_KD: updates with the small LM (auto: at most); 0: assist.fraction of the run
@@ -154,6 +155,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.validation = ml_collections.ConfigDict()
     c.validation.every = 100  # steps; 0: only at the end
     c.validation.rows = 512  # rows to evaluate on, always the same; 0: all
+    c.validation.metric = ""  # package.module:function(TokenStats, batch) -> a number for each token; several: commas
     c.validation.buckets = ""  # run directory whose loss cuts the rows into easy, medium and hard thirds
 
     c.checkpoint = ml_collections.ConfigDict()

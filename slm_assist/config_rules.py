@@ -124,6 +124,10 @@ def _check_assist(config: ml_collections.ConfigDict) -> None:
                 f"assist.teacher={assist.teacher!r} but assist.schedule=none: set assist.schedule=step (SALT) or "
                 "constant (RKD), or leave the teacher out"
             )
+        if assist.token_weight:
+            raise UserError(
+                f"assist.token_weight={assist.token_weight!r} but assist.schedule=none: no soft labels; leave it out"
+            )
         return
     if not assist.teacher:
         raise UserError(

@@ -10,6 +10,7 @@ import ml_collections
 
 from slm_assist import roles
 from slm_assist.assist import helpers as helpers_lib
+from slm_assist.assist.own_teacher import is_own
 from slm_assist.data import objectives
 from slm_assist.data import rows as rows_lib
 from slm_assist.data.objectives import Objective
@@ -192,7 +193,8 @@ def find_vocabulary(config: ml_collections.ConfigDict, run: RunDir | None) -> Vo
     if not given and config.branch.run:
         given = helpers_lib.open_trunk(config.branch.run, config.branch.step).path
     for role, (directory, _) in roles.wanted(config).items() if not given else ():
-        given = given or helpers_lib.open_run(role, directory).path
+        if not given and not is_own(role, directory):
+            given = helpers_lib.open_run(role, directory).path
     if "://" in str(given):
         return Vocabulary.load(given)
     if given:

@@ -16,7 +16,7 @@ from slm_assist import aligning, config_rules, corpus, optim, roles, sharding
 from slm_assist import config as config_lib
 from slm_assist import feed as feed_lib
 from slm_assist.assist import helpers as helpers_lib
-from slm_assist.assist import online, row_list, weights
+from slm_assist.assist import online, own_teacher, row_list, token_weight, weights
 from slm_assist.assist.schedule import AssistSchedule, assist_schedule
 from slm_assist.assist.scores import Score
 from slm_assist.assist.stages import Stage
@@ -25,6 +25,7 @@ from slm_assist.data import rows as rows_lib
 from slm_assist.data.objectives import Objective
 from slm_assist.distributed import Group
 from slm_assist.errors import UserError
+from slm_assist.evals import token_metrics
 from slm_assist.evals.perplexity import Perplexity
 from slm_assist.losses import blocked
 from slm_assist.losses.common import check_top_k
@@ -174,6 +175,8 @@ def _check_before_data(config: ml_collections.ConfigDict, run: RunDir) -> None:
     """Finds mistakes in model, optimizer and helpers before a corpus is prepared for hours."""
     make_student(config, Transformer(model_config(config, config.data.vocab_size)))
     make_schedule(config)
+    token_weight.find(config.assist.token_weight)
+    token_metrics.find(config.validation.metric)
     objectives.check(config.data)
     wanted = roles.wanted(config)
     for name in ("list", "then"):
@@ -190,6 +193,9 @@ def _check_before_data(config: ml_collections.ConfigDict, run: RunDir) -> None:
             )
     if not (run.config.is_file() or config.branch.run):
         for role, (directory, step) in wanted.items():
+            if own_teacher.is_own(role, directory):
+                own_teacher.check(directory, step)
+                continue
             helper = helpers_lib.find(role, directory, step=step, vocabulary=vocabulary, dtype=jnp.float32)
             check_fits(config, helper, model_config(config, vocabulary.size))
         if config.validation.buckets:
@@ -286,6 +292,12 @@ def find_helpers(
       chosen: the steps that the run began with.
       needed: the roles that it still needs, by default all.
     """
+    wanted = {role: run for role, run in roles.wanted(experiment.config).items() if needed is None or role in needed}
+    own = {
+        role: own_teacher.find(run.directory, experiment.prepared.train, experiment.prepared.vocabulary, run.step)
+        for role, run in wanted.items()
+        if own_teacher.is_own(role, run.directory)
+    }
     found = {
         role: helpers_lib.find(
             role,
@@ -295,10 +307,10 @@ def find_helpers(
             dtype=experiment.dtype,
             placement=helpers_lib.Placement.of(experiment.config),
         )
-        for role, (directory, step) in roles.wanted(experiment.config).items()
-        if needed is None or role in needed
+        for role, (directory, step) in wanted.items()
+        if role not in own
     }
-    return {role: with_attention(experiment.config, helper, experiment.mesh) for role, helper in found.items()}
+    return own | {role: with_attention(experiment.config, helper, experiment.mesh) for role, helper in found.items()}
 
 
 def with_attention(
@@ -372,7 +384,7 @@ def check_helpers(run: RunDir, stored: dict[str, Any], helpers: dict[str, helper
     for role, helper in helpers.items():
         if helper.facts()["identity"] != stored["helpers"][role].get("identity"):
             raise UserError(
-                f"{helpers_lib.KEYS[role]}={helper.run}: not the run that {run} began with; put that one back, or "
+                f"{helpers_lib.KEYS[role]}={helper.run}: not what {run} began with; put that one back, or "
                 "start over beside it with --fresh"
             )
 

@@ -24,6 +24,7 @@ from slm_assist import config as config_lib
 from slm_assist import corpus, flops, hardware, metrics, plan_memory, plan_table, roles, sharding, topology
 from slm_assist import experiment as experiment_lib
 from slm_assist.assist.helpers import Helper, Placement, open_run
+from slm_assist.assist.own_teacher import is_own
 from slm_assist.assist.stages import Stage
 from slm_assist.data import objectives
 from slm_assist.data.objectives import Objective
@@ -195,6 +196,11 @@ def find_helpers(config: ml_collections.ConfigDict, devices: Devices, mesh: Any,
     if size:
         one_of("--teacher_size", size, NAMED)
     for role, (directory, step) in roles.wanted(config).items():
+        if is_own(role, directory):
+            raise UserError(
+                f"assist.teacher={directory}: what a function needs is not known yet; plan with a small LM's run "
+                "directory instead, or with --assist.schedule=none"
+            )
         run = RunDir(directory)
         if run.model.is_file():
             shape = ModelConfig.from_json(open_run(role, directory).read(run.model))

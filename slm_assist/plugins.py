@@ -1,6 +1,7 @@
 """Functions from other people's packages, named in a config as "package.module:function"."""
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,40 @@ def is_plugin(name: str) -> bool:
     return ":" in name
 
 
-def call(key: str, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+def call(key: str, name: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """What somebody's function gives, with its mistakes in one line that names the key."""
     try:
-        return function(*arguments)
+        return function(*arguments, **named)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{key}={name!r}: the function fails: {str(error).splitlines()[0]!r}") from error
+        words = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{key}={name!r}: the function fails: {words!r}") from error
+
+
+def check_parameters(key: str, name: str, function: Callable[..., Any], *parameters: str, **named: str) -> None:
+    """Raises `UserError` unless `function` can be called with such arguments, by place and by name."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of some builtins Python knows none
+        return
+    try:
+        signature.bind(*parameters, **named)
+    except TypeError as error:
+        wanted = ", ".join((*parameters, *named))
+        raise UserError(f"{key}={name!r}: it takes {signature}; write it for ({wanted})") from error
+
+
+def check_shape(key: str, name: str, found: Any, wanted: tuple[int, ...], what: str) -> None:
+    """Raises `UserError` unless `found`, what somebody's function gave, is an array of the shape `wanted`.
+
+    Args:
+      what: the array is, for people, as "a weight for each token".
+    """
+    shape = getattr(found, "shape", None)
+    if shape != wanted:
+        given = type(found).__name__ if shape is None else f"shape {shape}"
+        raise UserError(f"{key}={name!r}: gave {given}; return {what}, here of shape {wanted}")
 
 
 def load(key: str, name: str) -> Any:

@@ -14,10 +14,11 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache as compilation_cache_lib
 
 from slm_assist import aligning, look, roles, sharding, steps
-from slm_assist.assist import online
+from slm_assist.assist import online, token_weight
 from slm_assist.assist.helpers import Helper
 from slm_assist.assist.stages import Stage
 from slm_assist.errors import UserError
+from slm_assist.evals import token_metrics
 from slm_assist.experiment import Experiment, Say
 from slm_assist.state import TrainState
 
@@ -66,7 +67,8 @@ def _functions(
     student = experiment.student
     layout, whole = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(experiment.mesh)
     rows = _rows(experiment, experiment.config.batch_rows)
-    evaluate = functools.partial(steps.eval_step, model=student.model, block_bytes=student.block_bytes)
+    metrics = token_metrics.find(experiment.config.validation.metric)
+    evaluate = functools.partial(steps.eval_step, model=student.model, block_bytes=student.block_bytes, metrics=metrics)
     functions = {"eval": (evaluate, (state.params, rows), {"out_shardings": whole})}
     for stage in stages:
         arguments = (state, batch_shapes(experiment, stage), params_in(stage, params_of))
@@ -192,6 +194,7 @@ def stage_step(experiment: Experiment, stage: Stage, helpers: dict[str, Helper])
             schedule=experiment.schedule,
             temperature=config.assist.temperature,
             top_k=config.assist.top_k,
+            weigh=token_weight.find(config.assist.token_weight),
             **gifts,
         )
     if stage.selecting and config.select.rows == "online":
@@ -250,7 +253,8 @@ def _say_costs(experiment: Experiment, kinds: tuple[Stage, ...], helpers: dict[s
     for role, helper in helpers.items():
         twin = next((other for other in seen if seen[other].same(helper)), None)
         memory = helper.where(experiment.mesh) if twin is None else f"the same in memory as {twin}"
-        say(f"{role}: {helper.run} at step {helper.step}, {helper.model.num_params():,} parameters, {memory}")
+        step = f" at step {helper.step}" if helper.step >= 0 else ""
+        say(f"{role}: {helper.run}{step}, {helper.model.num_params():,} parameters, {memory}")
         seen[role] = helper
     for stage in kinds:
         cost = experiment.step_flops(helpers, stage)

@@ -7,6 +7,7 @@ import ml_collections
 from slm_assist import flops
 from slm_assist.assist import representations, scores
 from slm_assist.assist.helpers import KEYS, Helper
+from slm_assist.assist.own_teacher import is_own
 from slm_assist.assist.scores import Score
 from slm_assist.assist.stages import Stage
 from slm_assist.errors import UserError
@@ -53,7 +54,9 @@ def wanted(config: ml_collections.ConfigDict) -> dict[str, Wanted]:
 def scoring(config: ml_collections.ConfigDict, roles: set[str]) -> dict[str, Wanted]:
     """The runs of `scorer` and `reference`, as far as they are among `roles`; each falls back on the one before it."""
     select = config.select
-    runs = {"scorer": select.scorer or config.assist.teacher}
+    teacher = config.assist.teacher
+    own = f"; assist.teacher={teacher} is a function, which scores no rows" if is_own("teacher", teacher) else ""
+    runs = {"scorer": select.scorer or ("" if own else teacher)}
     runs["reference"] = select.reference or runs["scorer"]
     result = {}
     for role in ("scorer", "reference"):
@@ -61,7 +64,7 @@ def scoring(config: ml_collections.ConfigDict, roles: set[str]) -> dict[str, Wan
             if not runs[role]:
                 raise UserError(
                     f"select.score={select.score} with select.token_share={select.token_share} needs {KEYS[role]}, the "
-                    "run directory of a trained small LM"
+                    f"run directory of a trained small LM{own}"
                 )
             result[role] = Wanted(runs[role], select[f"{role}_step"])
     return result
@@ -95,7 +98,7 @@ def step_flops(
     models = {role: helper.model.config for role, helper in helpers.items()} | {"learner": student}
     cost = {"student": tokens * flops.plain(student, length), "teacher": 0.0, "scorer": 0.0, "guide": 0.0}
     score = score_of(config) if stage.selecting else None
-    if stage.soft_labels:
+    if stage.soft_labels and models["teacher"] is not None:  # what a function costs is not known
         teacher = models["teacher"]
         cost["teacher"] = tokens * (flops.head(teacher) if shares_teacher else flops.forward(teacher, length))
     if stage.aligning:

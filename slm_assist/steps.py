@@ -20,10 +20,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from slm_assist.assist import labels, online, representations, scores, selection
+from slm_assist.assist import labels, online, representations, scores, selection, token_weight
 from slm_assist.assist.labels import Batch
+from slm_assist.assist.own_teacher import OwnTeacher
 from slm_assist.assist.representations import Align
 from slm_assist.assist.schedule import AssistSchedule
+from slm_assist.assist.token_weight import TokenWeight
+from slm_assist.evals.token_metrics import TokenMetric
 from slm_assist.losses import Loss
 from slm_assist.metrics import Metrics
 from slm_assist.models import Transformer
@@ -88,10 +91,11 @@ def assisted_step(
     helpers: Mapping[str, Any],
     *,
     student: Student,
-    teacher: Transformer,
+    teacher: Transformer | OwnTeacher,
     schedule: AssistSchedule,
     temperature: float,
     top_k: int = 0,
+    weigh: TokenWeight | None = None,
     focus: Focus | None = None,
     align: Align | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -103,6 +107,7 @@ def assisted_step(
       teacher: the model of those parameters; static.
       schedule: gives w for `state.step`; static.
       temperature, top_k: of the soft labels, see `losses.blocked.distillation`; static.
+      weigh: w of each token from the schedule's, see `assist.token_weight`; static.
 
     Returns:
       As `plain_step`, with the teacher's metrics beside the student's.
@@ -117,7 +122,7 @@ def assisted_step(
             mask,
             teacher,
             soft_labels,
-            weight=weight,
+            weight=token_weight.of_update(weigh, weight),
             temperature=temperature,
             top_k=top_k,
             **student.loss_options,
@@ -148,12 +153,20 @@ def choosing_step(
     return state, metrics | chosen.metrics | {online.ROWS: chosen.rows}
 
 
-def eval_step(params: Any, batch: Batch, *, model: Transformer, block_bytes: int | None = None) -> dict[str, jax.Array]:
-    """Sums over the tokens of each row, [B] float32: `cross_entropy` (nats), `correct` and `tokens`."""
-    view = labels.see(model, params, batch)
-    loss = labels.next_token_loss(model, view, batch, batch["mask"], block_bytes=block_bytes, per_token=True)
-    per_row = {"cross_entropy": loss.parts["cross_entropy"], "correct": loss.parts["correct"], "tokens": loss.weight}
-    return {name: value_BxT.sum(axis=1) for name, value_BxT in per_row.items()}
+def eval_step(
+    params: Any,
+    batch: Batch,
+    *,
+    model: Transformer,
+    block_bytes: int | None = None,
+    metrics: Mapping[str, TokenMetric] = MappingProxyType({}),
+) -> dict[str, jax.Array]:
+    """Sums over the tokens of each row, [B] float32: `cross_entropy` (nats), `correct`, `tokens`, and of `metrics`."""
+    stats = labels.token_stats(model, params, batch, helper=False, block_bytes=block_bytes)
+    per_token = {"cross_entropy": stats.loss, "correct": stats.rank == 0, "tokens": jnp.ones_like(stats.loss)}
+    per_token |= {name: metric(stats, batch) for name, metric in metrics.items()}
+    mask_BxT = batch["mask"]
+    return {name: jnp.where(mask_BxT != 0, mask_BxT * x, 0.0).sum(axis=1) for name, x in per_token.items()}
 
 
 class _Given(NamedTuple):

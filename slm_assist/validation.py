@@ -11,7 +11,7 @@ from slm_assist import distributed, metrics, sharding, steps
 from slm_assist.assist import helpers as helpers_lib
 from slm_assist.assist.labels import ARRAYS
 from slm_assist.distributed import Group
-from slm_assist.evals import perplexity
+from slm_assist.evals import perplexity, token_metrics
 from slm_assist.experiment import Experiment, Say
 from slm_assist.feed import put
 from slm_assist.run_dir import RunDir
@@ -32,6 +32,7 @@ def validator(experiment: Experiment, run: RunDir, eval_step: Callable, say: Say
 
     def validate(step: int, params: Any) -> dict[str, Any]:
         rows = sums(params)
+        token_metrics.refuse_not_finite(rows, step)
         kept = {name: rows[name].tolist() for name in ("cross_entropy", "tokens")}
         if distributed.index() == 0:
             metrics.write_json(run.validation_rows, {"step": step} | kept)

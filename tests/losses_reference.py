@@ -65,7 +65,7 @@ def loss(
     targets, mask = np.asarray(targets), np.asarray(mask, np.float64)
     names = ["cross_entropy", "correct"]
     if teacher:
-        names += ["distillation_kl", "teacher_cross_entropy", "teacher_correct"]
+        names += ["distillation_kl", "teacher_cross_entropy", "teacher_correct"] + ["token_weight"] * callable(weight)
     total, parts = np.zeros(targets.shape), {name: np.zeros(targets.shape) for name in names}
     dhidden, dhead = np.zeros_like(hidden), np.zeros_like(head)
     if not callable(weight):
@@ -87,6 +87,7 @@ def loss(
             q = np.exp(log_q)
             log_q = np.where(q > 0, log_q, 0.0)  # 0 log 0 = 0
             w = weight(describe(z, y), describe(u, y)) if callable(weight) else weight_at[at]
+            term["token_weight"] = w
             value += w * (-(q * log_p).sum() + log_p[y])
             error += w * (hard - q)
             term["distillation_kl"] = (q * (log_q - log_p)).sum()

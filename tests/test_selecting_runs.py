@@ -166,7 +166,7 @@ def test_a_helper_that_changed_meanwhile_is_refused(tmp, monkeypatch):
         tiny.run(tmp, "changed", **keys)
     shutil.rmtree(tmp / "changing")
     tiny.run(tmp, "changing", checkpoint__keep_fraction=0.34, model__d_model=16, seed=1)
-    with pytest.raises(UserError, match="not the run that .* began with"):
+    with pytest.raises(UserError, match="not what .* began with"):
         tiny.run(tmp, "changed", **keys)
 
 

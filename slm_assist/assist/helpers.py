@@ -87,6 +87,8 @@ class Helper:
 
     def same(self, other: "Helper") -> bool:
         """Whether both are one checkpoint of one run."""
+        if not isinstance(other, Helper):  # somebody's function
+            return False
         return (self.run.path.resolve(), self.step) == (other.run.path.resolve(), other.step)
 
     def shapes(self, mesh: Mesh) -> Any:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from slm_assist.assist.own_teacher import OwnTeacher
 from slm_assist.losses import Loss, TokenStats, blocked
-from slm_assist.losses.common import Weight
+from slm_assist.losses.common import Head, Weight
 from slm_assist.models import Transformer
 from slm_assist.sharding import constrain, helper_layout
 
@@ -19,7 +20,7 @@ class SoftLabels(NamedTuple):
     """A teacher's predictions, before its head is applied: all that is kept of its forward pass."""
 
     hidden_BxTxD: jax.Array
-    head_DxV: jax.Array
+    head: Head
 
 
 class View(NamedTuple):
@@ -63,6 +64,8 @@ def hidden_and_head(model: Transformer, params: Any, batch: Batch) -> tuple[jax.
 def _logits(model: Transformer) -> dict[str, Any]:
     """How the losses get from hidden states to logits."""
     c = model.config
+    if c is None:  # an `OwnTeacher`
+        return {}
     return {"softcap": c.logit_softcap, "logit_scale": c.logit_scale, "tied": c.tie_embeddings}
 
 
@@ -101,13 +104,17 @@ def stats_of(
     )
 
 
-def teach(teacher: Transformer, params: Any, batch: Batch) -> SoftLabels:
+def teach(teacher: Transformer | OwnTeacher, params: Any, batch: Batch) -> SoftLabels:
     """The teacher's soft labels for `batch`; call it outside `jax.value_and_grad`.
 
     Where the teacher has seen these rows already, as their scorer, `batch` brings its hidden states along.
     """
     if TEACHER_HIDDEN in batch:
         return SoftLabels(batch[TEACHER_HIDDEN], teacher.head(params))
+    if isinstance(teacher, OwnTeacher):
+        with helper_layout(_rows(batch)):
+            hidden_BxTxE, head = teacher.answer(params, _laid_out(batch))
+        return SoftLabels(constrain(hidden_BxTxE, "batch", "length", "act_embed"), head)
     return SoftLabels(frozen_hidden(teacher, params, batch)[0], teacher.head(params))
 
 
@@ -150,7 +157,7 @@ def soft_label_loss(
     view: View,
     batch: Batch,
     mask_BxT: jax.Array,
-    teacher: Transformer,
+    teacher: Transformer | OwnTeacher,
     soft_labels: SoftLabels,
     *,
     weight: Weight,

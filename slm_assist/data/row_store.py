@@ -7,7 +7,7 @@ could run.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +129,20 @@ class Rows:
         starts = np.unpackbits(records["starts"], axis=1, count=self.seq_len + 1).view(bool)
         arrays = objective(records["ids"], starts, records["length"], keys)
         return arrays | {"domain": np.ascontiguousarray(records["domain"], dtype=np.int32)}
+
+    def all_ids(self, at_once: int = 4096) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All tokens in the order of the rows, the ids of `at_once` rows at a time, one row behind the other.
+
+        Yields:
+          ids: int32 [n], without padding; starts: bool [n], True where a document or a row begins, so that what
+            stands before is not the context of what follows.
+        """
+        for first in range(0, len(self), at_once):
+            records = self._read(np.arange(first, min(first + at_once, len(self))))
+            starts = np.unpackbits(records["starts"], axis=1, count=self.seq_len + 1).view(bool)
+            starts[:, 0] = True
+            text = np.arange(self.seq_len + 1) < records["length"][:, None]
+            yield records["ids"][text].astype(np.int32), starts[text]
 
     def domain(self, row_ids: np.ndarray) -> np.ndarray:
         """int32 [N], indices into `domains`, without reading the rows (or noticing damage in them)."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from slm_assist.data.order import Order
 from slm_assist.data.rows import Rows
+from slm_assist.evals.token_metrics import TAKEN
 from slm_assist.metrics import write_json
 
 BUCKETS = ("easy", "medium", "hard")
@@ -42,7 +43,7 @@ class Perplexity:
         return hashlib.blake2b(self._rows.fingerprint.encode() + self.row_ids.tobytes(), digest_size=16).hexdigest()
 
     def row_sums(self, row_sums_of: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """`cross_entropy`, `correct`, `tokens` and `bytes` of each row, [rows] float64.
+        """`cross_entropy`, `correct`, `tokens`, metrics of somebody's own, and `bytes` of each row, [rows] float64.
 
         Args:
           row_sums_of: batch of `batch_rows` rows -> the result of `steps.eval_step`.
@@ -53,10 +54,9 @@ class Perplexity:
             batch = self._rows.get(np.resize(ids, self._batch_rows))
             batch["mask"][len(ids) :] = 0
             parts.append((len(ids), row_sums_of(batch)))
-        names = ("cross_entropy", "correct", "tokens")
         sums = {
             name: np.concatenate([np.asarray(part[name], np.float64)[:count] for count, part in parts])
-            for name in names
+            for name in parts[0][1]
         }
         return sums | {"bytes": self._bytes}
 
@@ -82,7 +82,7 @@ def _figures(sums: Mapping[str, np.ndarray], chosen: np.ndarray) -> dict[str, fl
         "bits_per_byte": total["cross_entropy"] / np.log(2) / nbytes,
         "accuracy": total["correct"] / tokens,
         "tokens": int(total["tokens"]),
-    }
+    } | {name: float(value / tokens) for name, value in total.items() if name not in TAKEN}
 
 
 def _standard_error(sums: Mapping[str, np.ndarray]) -> float:

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from slm_assist import sharding
 from slm_assist.errors import UserError
-from slm_assist.losses.common import Loss, TokenStats, Weight, check_top_k, collect
+from slm_assist.losses.common import Head, Loss, TokenStats, Weight, check_answers, check_top_k, collect, split_head
 from slm_assist.losses.distribution import Span
 from slm_assist.losses.tile import Formula, LogitForm, Tokens, gradients, one_tile
 from slm_assist.losses.tiling import default_block_bytes, tiling
@@ -77,7 +77,7 @@ def distillation(
     hidden_BxTxD: jax.Array,
     head_DxV: jax.Array,
     teacher_hidden_BxTxE: jax.Array,
-    teacher_head_ExV: jax.Array,
+    teacher_head: Head,
     target_BxT: jax.Array,
     mask_BxT: jax.Array,
     *,
@@ -97,14 +97,16 @@ def distillation(
     """`dense.distillation` of both models' logits.
 
     Args:
-      teacher_hidden_BxTxE, teacher_head_ExV: like the student's, of any width and dtype. No gradient reaches
-        them.
+      teacher_hidden_BxTxE, teacher_head: like the student's, of any width and dtype. No gradient reaches them. The
+        head may also be a function of one tile's hidden [N, E], which may then hold integers, that gives its logits
+        [N, V] (-inf for no probability), for the whole vocabulary on every device. Arrays that it needs are best bound
+        to it by `jax.tree_util.Partial`: on a mesh JAX does not let it index those that it closes over.
       weight: w, a scalar, an array that broadcasts to [B, T], or a function of `TokenInfo`, called with the
         tokens of one tile [N]. It may close over traced values, but not over ones being differentiated.
       temperature: divides the teacher's logits (after cap and scale); 0.25 sharpens, 4 softens.
       top_k: learn only the teacher's k likeliest tokens, renormalised, as in `dense.distillation`; 0: all.
       teacher_softcap, teacher_logit_scale, teacher_tied: of the teacher's logits.
-      block_bytes: here two models' logits are live.
+      block_bytes: here two models' logits are live; a function's are whole where the student's are split.
       Others: as in `cross_entropy`.
 
     Raises:
@@ -113,13 +115,15 @@ def distillation(
     if not temperature > 0:
         raise UserError(f"temperature={temperature}: it divides the teacher's logits, use a positive number")
     student = _Model(hidden_BxTxD, head_DxV)
-    teacher = jax.lax.stop_gradient(_Model(teacher_hidden_BxTxE, teacher_head_ExV))
+    answers, teacher_head = split_head(teacher_head)
+    teacher = jax.lax.stop_gradient(_Model(teacher_hidden_BxTxE, teacher_head))
     formula = Formula(
         student=LogitForm(softcap, logit_scale, tied),
-        teacher=LogitForm(teacher_softcap, teacher_logit_scale, teacher_tied),
+        teacher=LogitForm(teacher_softcap, teacher_logit_scale, teacher_tied and not answers),
         temperature=float(temperature),
-        top_k=check_top_k(top_k, teacher_head_ExV.shape[1]),
+        top_k=check_top_k(top_k, (head_DxV if answers else teacher_head).shape[1]),
         z_loss=float(z_loss),
+        teacher_fn=answers,
     )
     return _loss(_Plan(formula), student, _Frozen(target_BxT, mask_BxT, teacher), weight, block_bytes, per_token)
 
@@ -158,7 +162,7 @@ class _Plan:
 
 class _Model(NamedTuple):
     hidden: jax.Array
-    head: jax.Array
+    head: jax.Array | tuple  # of arrays: what the formula's `teacher_fn` takes
 
 
 class _Frozen(NamedTuple):
@@ -173,7 +177,7 @@ class _Frozen(NamedTuple):
 def _prepare(plan: _Plan, student: _Model, frozen: _Frozen, weight: Weight | None, block_bytes: int | None):
     """Checks shapes, decides on tiles and shards, and makes the weight an array or part of the plan."""
     (batch, length), vocab = frozen.target.shape, student.head.shape[1]
-    _check(student, frozen, (batch, length))
+    _check(student, frozen, (batch, length), plan.formula)
     mesh = sharding.ambient_mesh()
     if mesh is not None and mesh.size > 1 and AxisType.Manual not in mesh.axis_types:
         batch_axes = sharding.axes_on(mesh, sharding.axes_of("batch"), batch)
@@ -189,6 +193,8 @@ def _prepare(plan: _Plan, student: _Model, frozen: _Frozen, weight: Weight | Non
             vocab_axis=vocab_axes[0] if vocab_axes else None,
         )
     models = 1 if frozen.teacher is None else 2
+    if plan.formula.teacher_fn:
+        models = 1 + student.head.shape[1] // vocab
     if block_bytes is None:
         block_bytes = default_block_bytes(4 * vocab * models)
     error_size = student.hidden.dtype.itemsize
@@ -218,8 +224,13 @@ def _laid_out(form: LogitForm, model: _Model, vocab: int, block_bytes: int) -> L
     return form._replace(tied=form.tied and 4 * model.head.shape[0] * vocab >= block_bytes)
 
 
-def _check(student: _Model, frozen: _Frozen, tokens: tuple[int, int]) -> None:
-    for name, model in (("hidden", student), ("teacher_hidden", frozen.teacher or student)):
+def _check(student: _Model, frozen: _Frozen, tokens: tuple[int, int], formula: Formula) -> None:
+    models = [("hidden", student)]
+    if formula.teacher_fn:
+        check_answers(formula.teacher_fn, *frozen.teacher, tokens, student.head.shape[1])
+    elif frozen.teacher is not None:
+        models.append(("teacher_hidden", frozen.teacher))
+    for name, model in models:
         if model.hidden.shape[:2] != tokens or model.hidden.shape[2:] != model.head.shape[:1]:
             raise UserError(
                 f"{name} {model.hidden.shape} does not fit targets {tokens} and head {model.head.shape}: "
@@ -245,9 +256,8 @@ def _loss(plan, student: _Model, frozen: _Frozen, weight, block_bytes: int | Non
 def _collect(terms: dict[str, jax.Array], mask: jax.Array, per_token: bool) -> Loss:
     parts = {"cross_entropy": terms["cross_entropy"], "correct": terms["rank"] == 0}
     if "distillation_kl" in terms:
-        parts["distillation_kl"] = terms["distillation_kl"]
-        parts["teacher_cross_entropy"] = terms["teacher_cross_entropy"]
-        parts["teacher_correct"] = terms["teacher_rank"] == 0
+        more = terms.keys() & {"distillation_kl", "teacher_cross_entropy", "token_weight"}
+        parts |= {name: terms[name] for name in more} | {"teacher_correct": terms["teacher_rank"] == 0}
     return collect(terms["total"], parts, mask, per_token)
 
 
@@ -291,7 +301,7 @@ _token_terms.defvjp(_token_terms_forward, _token_terms_backward)
 def _run(plan: _Plan, student: _Model, frozen: _Frozen, scale_BxT: jax.Array | None = None):
     """Terms of each token ({name: [B, T]}) and, given `scale`, the gradient of sum(scale * total)."""
     # Compiled once for calls outside `jit`, but a cache must not hold what a function closes over.
-    run = _run_mesh if plan.formula.weight_fn else _run_mesh_compiled
+    run = _run_mesh if plan.formula.weight_fn or plan.formula.teacher_fn else _run_mesh_compiled
     return run(plan, student, frozen, scale_BxT)
 
 
@@ -301,16 +311,19 @@ def _run_mesh(plan: _Plan, student: _Model, frozen: _Frozen, scale_BxT: jax.Arra
     keep, teacher_hidden = frozen.mask != 0, None if teacher is None else teacher.hidden
     tokens = Tokens(student.hidden, frozen.target, keep, teacher_hidden, frozen.weight, scale_BxT)
     # Cast before the shards gather their heads: half the traffic in bfloat16.
-    heads = [model.head.astype(model.hidden.dtype) for model in (student, teacher) if model is not None]
-    forms = [form for form in (plan.formula.student, plan.formula.teacher) if form is not None]
+    models = [student] if teacher is None or plan.formula.teacher_fn else [student, teacher]
+    heads = [model.head.astype(model.hidden.dtype) for model in models]
+    forms = [plan.formula.student, plan.formula.teacher][: len(heads)]
+    heads = [_turned(form, head) for form, head in zip(forms, heads, strict=True)]
+    arrays = [teacher.head] if plan.formula.teacher_fn else []
     run = partial(_run_shard, plan)
     if plan.sharded:
         rows = P(plan.batch_axes or None)
         columns = [_head_spec(form, None, plan.vocab_axis) for form in forms]
         dhead = _head_spec(forms[0], plan.width_axes or None, plan.vocab_axis)
-        specs = {"in_specs": (rows, columns), "out_specs": (rows, _Model(rows, dhead))}
+        specs = {"in_specs": (rows, columns + [P()] * len(arrays)), "out_specs": (rows, _Model(rows, dhead))}
         run = jax.shard_map(run, check_vma=False, **specs)
-    terms, gradient = run(tokens, [_turned(form, head) for form, head in zip(forms, heads, strict=True)])
+    terms, gradient = run(tokens, heads + arrays)
     if scale_BxT is None:
         return terms, None
     return terms, _Model(gradient.hidden, _turned(forms[0], gradient.head).astype(student.head.dtype))

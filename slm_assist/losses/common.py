@@ -1,5 +1,6 @@
 """What the losses return, and what a weight function is given."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ class Loss(NamedTuple):
       weight: sum of the mask.
       parts: sums of mask * x without z-loss: `cross_entropy` and `correct` (the target has rank 0: it is the
         argmax, ties going to the lower index); with a teacher also `distillation_kl` (of the student from
-        the tempered, perhaps truncated teacher), `teacher_cross_entropy` and `teacher_correct` (both at temperature 1).
+        the tempered, perhaps truncated teacher), `teacher_cross_entropy` and `teacher_correct` (both at temperature 1);
+        where a function gives the weights also `token_weight`, w.
     """
 
     total: jax.Array
@@ -71,6 +73,8 @@ class TokenInfo(NamedTuple):
 
 
 Weight = float | jax.Array | Callable[[TokenInfo], jax.Array]
+Head = jax.Array | Callable[[jax.Array], jax.Array]  # [E, V], or from hidden [N, E] to logits [N, V]
+NO_PROBABILITY = -1e30  # what a logit of -inf is taken for, so that 0 * -inf is 0
 
 
 def collect(total: jax.Array, parts: dict[str, Any], mask: jax.Array, per_token: bool) -> Loss:
@@ -83,6 +87,27 @@ def collect(total: jax.Array, parts: dict[str, Any], mask: jax.Array, per_token:
     terms = Loss(total, jnp.ones_like(total), {k: jax.lax.stop_gradient(v) for k, v in parts.items()})
     terms = jax.tree.map(lambda x: jnp.where(mask != 0, mask * x.astype(jnp.float32), 0.0), terms)
     return terms if per_token else jax.tree.map(jnp.sum, terms)
+
+
+def split_head(head: Head) -> tuple[Callable[[Any, jax.Array], jax.Array] | None, Any]:
+    """(None, a matrix), or a function of (arrays, hidden) and the arrays that `jax.tree_util.Partial` bound to it."""
+    if not callable(head):
+        return None, head
+    if not isinstance(head, jax.tree_util.Partial):
+        return lambda _, hidden: head(hidden), ()
+    arrays, tree = jax.tree.flatten(head)
+    return lambda arrays, hidden: tree.unflatten(arrays)(hidden), tuple(arrays)
+
+
+def check_answers(head: Callable, hidden_BxTxE: jax.Array, arrays: Any, tokens: tuple[int, int], vocab: int) -> None:
+    """Raises `UserError` unless the function `head` makes logits [N, V] of arrays and hidden states [N, E]."""
+    if hidden_BxTxE.shape[:2] != tokens:
+        raise UserError(f"teacher_hidden {hidden_BxTxE.shape} does not fit targets {tokens}: pass [B, T, E], [B, T]")
+    count = math.prod(tokens)
+    flat = jax.ShapeDtypeStruct((count, *hidden_BxTxE.shape[2:]), hidden_BxTxE.dtype)
+    found = jax.tree.map(jnp.shape, jax.eval_shape(head, arrays, flat))
+    if found != (count, vocab):
+        raise UserError(f"teacher_head: of hidden states {flat.shape} it makes logits {found}, not {(count, vocab)}")
 
 
 def check_top_k(top_k: int, vocab: int) -> int:

@@ -82,7 +82,7 @@ def distillation(
         "distillation_kl": _mean(q, log_q - log_p),
         "teacher_cross_entropy": -_at(jax.nn.log_softmax(u), y),
         "teacher_correct": rank(u, y) == 0,
-    }
+    } | ({"token_weight": w} if callable(weight) else {})
     return collect(total, parts, mask_BxT, per_token)
 
 

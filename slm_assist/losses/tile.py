@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from slm_assist.losses.common import TokenInfo
+from slm_assist.losses.common import NO_PROBABILITY, TokenInfo
 from slm_assist.losses.distribution import Distribution, Seen, Span, distributions
 
 
@@ -34,6 +34,7 @@ class Formula:
     top_k: int = 0
     z_loss: float = 0.0
     weight_fn: Callable[[TokenInfo], jax.Array] | None = None
+    teacher_fn: Callable[[tuple, jax.Array], jax.Array] | None = None  # (arrays, hidden) -> logits of all V
 
 
 class Tokens(NamedTuple):
@@ -64,10 +65,12 @@ def one_tile(
 
     Args:
       heads: the student's [D, V] and, with soft labels, the teacher's [E, V], or transposed as their forms say; the
-        part of the vocabulary that `span` tells of.
+        part of the vocabulary that `span` tells of. With `formula.teacher_fn` the arrays that it takes are the second.
     """
     logits = [_logits(tokens.hidden, heads[0], formula.student)]
-    if formula.teacher is not None:
+    if formula.teacher_fn is not None:
+        logits.append(_answered(formula, span, heads[1], tokens, logits[0].shape[-1]))
+    elif formula.teacher is not None:
         logits.append(_logits(tokens.teacher_hidden, heads[1], formula.teacher))
     student_softmax, *teacher_softmax = distributions(logits, tokens.target, span)
     if not teacher_softmax:
@@ -93,7 +96,8 @@ def one_tile(
     student_mean, difference = (x / soft_sum for x in means)
     weight = formula.weight_fn(_info(student, teacher, parts["entropies"])) if formula.weight_fn else tokens.weight
     weight = jnp.where(tokens.keep, weight, 0.0)
-    terms = {
+    terms = {"token_weight": weight} if formula.weight_fn else {}
+    terms |= {
         "total": (1 - weight) * student.loss + weight * (student.log_sum - student_mean),
         "distillation_kl": student.log_sum - jnp.log(soft_sum) + difference,
         "teacher_cross_entropy": teacher.loss,
@@ -128,8 +132,21 @@ def gradients(form: LogitForm, span: Span, head: jax.Array, hidden_NxD: jax.Arra
 
 
 def _logits(hidden_NxD: jax.Array, head: jax.Array, form: LogitForm) -> jax.Array:
-    logits = form.scale * jnp.einsum(f"nd,{form.head}->nv", hidden_NxD, head, preferred_element_type=jnp.float32)
+    return _formed(jnp.einsum(f"nd,{form.head}->nv", hidden_NxD, head, preferred_element_type=jnp.float32), form)
+
+
+def _formed(x_NxV: jax.Array, form: LogitForm) -> jax.Array:
+    logits = form.scale * x_NxV
     return form.softcap * jnp.tanh(logits / form.softcap) if form.softcap else logits
+
+
+def _answered(formula: Formula, span: Span, arrays: tuple, tokens: Tokens, size: int) -> jax.Array:
+    """This device's part of the logits that a teacher's function gives for the whole vocabulary."""
+    logits_NxV = formula.teacher_fn(arrays, tokens.teacher_hidden).astype(jnp.float32)
+    if span.axis is not None:
+        logits_NxV = jax.lax.dynamic_slice_in_dim(logits_NxV, span.start, size, axis=1)
+    logits_NxV = jnp.where(tokens.keep[:, None], _formed(logits_NxV, formula.teacher), 0.0)
+    return jnp.maximum(logits_NxV, NO_PROBABILITY)
 
 
 def _info(student: Seen, teacher: Seen, products: list[jax.Array]) -> TokenInfo:
