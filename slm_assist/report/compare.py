@@ -205,6 +205,8 @@ def _kind(name: str, group: list[Run], small: set[str], baseline: str | None) ->
     if name in small:
         return SMALL
     run = group[0]
+    if {"guide", "parent"} & run.helpers.keys():
+        return OTHER
     if run.schedule == "none" or run.selection not in ("", "rows"):
         return OTHER
     if run.selection:

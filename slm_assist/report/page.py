@@ -10,6 +10,7 @@ from typing import Any
 from slm_assist.errors import UserError
 from slm_assist.report import coloured, selection_page, selection_plots, tables
 from slm_assist.report.compare import Comparison, Method
+from slm_assist.report.gifts import gifts
 from slm_assist.report.page_parts import figure_html, table_html
 from slm_assist.report.plots import colours_of, pictures
 from slm_assist.report.selection import Selection, look
@@ -103,6 +104,7 @@ def page(comparison: Comparison, images: dict[str, bytes], selection: Selection)
         table_html(tables.part_table(comparison, "buckets", "Final log-perplexity by bucket")),
         table_html(tables.part_table(comparison, "domains", "Final log-perplexity by domain")),
         selection_page.section(selection, images),
+        table_html(tables.gift_table(comparison)), table_html(tables.update_table(comparison)),
         table_html(tables.phase_table(comparison)), figures.get("cost.png", ""),
         table_html(tables.run_table(comparison), "words"),
     ]  # fmt: skip
@@ -131,7 +133,8 @@ def _method_json(m: Method) -> dict[str, Any]:
          "config": run.config}
         for run in m.runs
     ]  # fmt: skip
-    return {"kind": m.kind} | {name: _plain(getattr(m, name)) for name in fields} | {"runs": runs}
+    given = {gift.name: gift.to_json() for gift in gifts(m.runs[0])}
+    return {"kind": m.kind, "gifts": given} | {name: _plain(getattr(m, name)) for name in fields} | {"runs": runs}
 
 
 def _plain(value: Any) -> Any:

@@ -130,10 +130,12 @@ def _target(plot, comparison: Comparison, label: bool) -> None:
 
 
 def _switch(plot, m: Method, axis: str, colour: str, left: float, label: bool) -> None:
-    """A dotted line where soft labels end, or else where the choice of rows or tokens does."""
+    """A dotted line where soft labels end, or else representations, or else the choice of rows or tokens."""
     run, what = m.runs[0], "soft labels end"
     step = run.switch_step
-    if step is None and "teacher" not in run.helpers:
+    if step is None and "guide" in run.helpers:
+        step, what = run.alignment_stop, "representations end"
+    if step is None and not {"teacher", "guide"} & run.helpers.keys():
         step, what = run.selection_stop, f"choice of {run.selection or 'data'} ends"
     at = None if step is None else m.runs[0].spent(axis, step)
     if at is None or at < left:

@@ -12,7 +12,7 @@ from slm_assist.errors import UserError
 from slm_assist.report.stats import interpolate
 
 REQUIRED_FACTS = ("vocabulary", "validation_rows", "objective", "parameters")
-ROLES = ("teacher", "scorer", "reference")  # of the small LMs that help a run
+ROLES = ("teacher", "scorer", "reference", "guide", "parent")  # of the small LMs that help a run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,10 +106,19 @@ class Run:
         """The step at which the choice of rows or tokens ends, None if it never did."""
         return self._end_of("selecting")
 
+    @property
+    def alignment_stop(self) -> int | None:
+        """The step at which the small LM's representations are left, None if they never were."""
+        return self._end_of("aligned")
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """`name` and `stop` of each stage, those so far where the run is unfinished."""
+        return (self.summary or {}).get("stages") or _stages(self.train)
+
     def _end_of(self, part: str) -> int | None:
         """Where a stage whose name has `part` is followed by one without: names are parts joined by `_`."""
-        stages = (self.summary or {}).get("stages") or _stages(self.train)
-        for before, after in zip(stages, stages[1:], strict=False):
+        for before, after in zip(self.stages, self.stages[1:], strict=False):
             if part in before["name"].split("_") and part not in after["name"].split("_"):
                 return before["stop"]
         return None

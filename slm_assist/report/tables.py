@@ -4,7 +4,9 @@ import dataclasses
 import textwrap
 from collections.abc import Sequence
 
+from slm_assist.assist.stages import PLAIN
 from slm_assist.report.compare import BUCKETS, Comparison, Method
+from slm_assist.report.gifts import gifts, update_seconds
 from slm_assist.report.stats import Estimate
 from slm_assist.report.words import UNITS, chosen, count, first_lines
 
@@ -139,7 +141,9 @@ def phase_table(comparison: Comparison) -> Table | None:
     if not phases:
         return None
     scored = any(m.flops.get("scorer") and m.flops["scorer"].mean for m in comparison.methods)
+    aligned = any(m.flops.get("guide") and m.flops["guide"].mean for m in comparison.methods)
     parts = {"student": "student", "teacher": "soft labels"} | ({"scorer": "scoring"} if scored else {})
+    parts |= {"guide": "representations"} if aligned else {}
     rows = []
     for m in comparison.methods:
         seconds = [show(m.seconds.get(phase), ",.1f") for phase in phases]
@@ -149,6 +153,42 @@ def phase_table(comparison: Comparison) -> Table | None:
     if scored:
         note += " Scoring: every forward pass that chooses rows or tokens, the student's own among them."
     return Table("What each phase cost", header, rows, note)
+
+
+def gift_table(comparison: Comparison) -> Table | None:
+    """Which gifts were on, from whom, when, and their cost."""
+    rows = []
+    for m in comparison.methods:
+        for gift in gifts(m.runs[0]):
+            when = f"updates 1 to {gift.stop}" if gift.stop else "before the first update"
+            share = NONE if gift.share is None else f"{100 * gift.share:.1f} %"
+            cost = count(gift.training_flops) if gift.helpers else NONE
+            rows.append((m.name, gift.name, gift.givers or NONE, when, count(gift.flops), share, cost))
+    if not rows:
+        return None
+    header = ("method", "gift", "small LM", "when", "FLOPs in the run", "of the run's", "FLOPs of its training")
+    return Table(
+        "The gifts: which, when, and what each cost",
+        header,
+        rows,
+        "The first seed's run. One small LM that gives several things is trained once, and one forward pass may serve "
+        "two gifts: it is counted with soft labels or with scores, whichever needs it anyway.",
+    )
+
+
+def update_table(comparison: Comparison) -> Table | None:
+    """What an update took in each stage."""
+    rows = []
+    for m in comparison.methods:
+        seconds = update_seconds(m.runs[0])
+        plain = seconds.get(PLAIN)
+        for stage, median in seconds.items():
+            times = f"{median / plain:.2f}" if plain else NONE
+            rows.append((m.name, stage.replace("_", " + "), f"{median:.4g}", times))
+    if len(rows) == len({row[0] for row in rows}):
+        return None
+    header = ("method", "stage", "seconds an update", "by its plain stage's")
+    return Table("What an update took, by stage", header, rows, "Medians over the first seed's run.")
 
 
 def run_table(comparison: Comparison) -> Table:

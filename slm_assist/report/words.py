@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from slm_assist.report.compare import RKD, SALT, SALT_DS, SMALL, Comparison, Method
+from slm_assist.report.compare import OTHER, RKD, SALT, SALT_DS, SMALL, Comparison, Method
 from slm_assist.report.runs import Run
 
 UNITS = {"steps": "steps", "flops": "FLOPs", "seconds": "seconds"}
@@ -45,12 +45,16 @@ def chosen(run: Run) -> str:
 
 def help_of(run: Run) -> str:
     """What the small LM gave: `soft labels and rows chosen by the small LM`; empty for a run without help."""
-    by = " by the small LM" if set(run.helpers) - {"teacher"} else ""
+    by = " by the small LM" if set(run.helpers) - {"teacher", "guide", "parent"} else ""
     choice = f"{run.selection} chosen{by}" if run.selection else ""
     select = run.config.get("select") or {}
     if choice and select.get("rows") == "online" and select.get("rule") == "random":
         choice = choice.replace(f"chosen{by}", "drawn at random")
-    return " and ".join(part for part in ("soft labels" if run.schedule != "none" else "", choice) if part)
+    given = {
+        "weights": "parent" in run.helpers, "soft labels": run.schedule != "none",
+        "representations": "guide" in run.helpers, choice: bool(choice),
+    }  # fmt: skip
+    return " and ".join(gift for gift, there in given.items() if there)
 
 
 def first_lines(comparison: Comparison) -> list[Line]:
@@ -150,7 +154,8 @@ def _quality(method: Method, comparison: Comparison) -> Line:
     else:
         noise = limit is None or abs(apart.mean) < limit
     ours, theirs = (m.final["log_perplexity"].mean for m in (method, base))
-    name = f"{method.name} ({help_of(method.runs[0])})" if method.runs[0].selection else method.name
+    described = method.runs[0].selection or method.kind == OTHER
+    name = f"{method.name} ({help_of(method.runs[0])})" if described and help_of(method.runs[0]) else method.name
     doubt = ", which cannot be told from noise" if noise else ""
     figures = f"{ours:.3f} against {theirs:.3f}, {apart.mean:+.3f} nats a token{spread}{doubt}."
     if apart.mean > 0:
