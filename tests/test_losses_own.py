@@ -1,6 +1,8 @@
 """Blocked soft labels whose teacher's head, or whose weight, is somebody's function."""
 
 import functools
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,10 @@ import numpy as np
 import pytest
 from test_losses import check, problem, value_and_grad, weight_of_descriptions, weight_of_info
 from test_losses_sharded import equations, same
+from test_steps import STUDENT, make_batch
 
 from slm_assist import sharding
-from slm_assist.assist import token_weight
+from slm_assist.assist import labels, own_teacher, token_weight
 from slm_assist.errors import UserError
 from slm_assist.losses import blocked, dense
 
@@ -127,3 +130,28 @@ def test_head_of_another_shape_is_refused():
     ):
         with pytest.raises(UserError, match=message):
             ask(hidden, head, *bad, targets, mask)
+
+
+def test_teacher_without_tables_and_with_a_matrix(monkeypatch):
+    """In the step, outside the gradient, as a small LM would be."""
+    batch, params = make_batch(), jax.jit(STUDENT.init)(jax.random.key(0))
+    table = np.random.default_rng(0).standard_normal((VOCAB, VOCAB)).astype(np.float32)
+
+    def bigram(tokens, batch):
+        return jax.nn.one_hot(tokens, VOCAB) * (batch["positions"] % 2)[..., None], table
+
+    monkeypatch.setitem(sys.modules, "matrix_lab", SimpleNamespace(bigram=bigram))
+    rows, vocabulary = SimpleNamespace(seq_len=12), SimpleNamespace(size=VOCAB)
+    teacher = own_teacher.find("matrix_lab:bigram", rows, vocabulary)
+    loaded, nothing = teacher.load(sharding.make_mesh(1, 1, 1), lambda line: None)
+    assert (loaded.entries, loaded.size, nothing) == (0, 0, None) and teacher.takes == ("batch",)
+
+    @jax.jit
+    def loss(params, batch):
+        soft = labels.teach(loaded, nothing, batch)
+        return labels.soft_label_loss(STUDENT, params, batch, loaded, soft, weight=0.5, temperature=0.5)
+
+    view = labels.hidden_and_head(STUDENT, params, batch)
+    logits = table[batch["tokens"]] * (batch["positions"] % 2)[..., None]
+    targets, mask = batch["targets"], batch["mask"]
+    same(loss(params, batch), dense.distillation(view[0] @ view[1], logits, targets, mask, weight=0.5, temperature=0.5))

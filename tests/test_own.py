@@ -24,6 +24,7 @@ from slm_assist.data.sources import open_source
 from slm_assist.errors import UserError
 from slm_assist.evals import token_metrics
 from slm_assist.evals.perplexity import Perplexity
+from slm_assist.report import compare, words
 
 # The README's 5-gram model.
 
@@ -177,6 +178,8 @@ def test_run_with_functions_for_teacher_weight_and_metric(own):
     assert json.loads(run.summary.read_text())["flops"]["teacher"] == 0
     assert messages.count("the FLOPs of my_lab:five_gram are not counted") == 1
     assert any(line.startswith("teacher: my_lab:five_gram, ") and "on every device" in line for line in messages)
+    said = [line.text for line in words.first_lines(compare([run.path]))]
+    assert "The FLOPs of my_lab:five_gram, a function that taught, are not counted." in said
 
 
 def test_resumes_bit_for_bit_and_needs_no_tables_in_stage_2(tmp, own, lab, monkeypatch):
@@ -186,8 +189,7 @@ def test_resumes_bit_for_bit_and_needs_no_tables_in_stage_2(tmp, own, lab, monke
     assert calls == [1]
     tiny.assert_same_run(own[0], tiny.run(tmp, "own-killed-8", **OWN))
     assert calls == [1]
-    scaled = lambda rows, vocabulary: count(rows, vocabulary) | {"unigram": np.ones(384, np.float32) / 384}  # noqa: E731
-    monkeypatch.setattr(lab.five_gram, "prepare", scaled)
+    monkeypatch.setattr(lab.five_gram, "prepare", lambda *a: count(*a) | {"unigram": np.ones(384, np.float32) / 384})
     with pytest.raises(UserError, match="assist.teacher=my_lab:five_gram: not what .*own-killed-5 began with"):
         tiny.run(tmp, "own-killed-5", **OWN)
 
@@ -238,7 +240,7 @@ def test_metric_is_the_mean_of_what_the_function_gives(prepared):
     at_target = np.take_along_axis(logits, batch["targets"][..., None], -1)
     values = (logits > at_target).sum(-1) * (batch["positions"] + 1.0) * batch["mask"]
     np.testing.assert_allclose(sums["place"], values.sum(1))
-    assert (values.sum(1) > 0).all() and set(sums) == {"cross_entropy", "correct", "tokens", "place"}
+    assert (values.sum(1) > 0).all()
 
     def fake(batch):
         mask = batch["mask"]
@@ -342,8 +344,7 @@ def test_refusals_are_one_line(bad):
         with pytest.raises(UserError, match=message) as error:
             find(f"bad_lab:{name}")
         assert "\n" not in str(error.value), name
-    assert list(token_metrics.find("bad_lab:fine, bad_lab:wide".rpartition(",")[0])) == ["fine"]
-    assert token_metrics.find("") == {} and token_weight.find("") is None
+    assert list(token_metrics.find("bad_lab:fine, ")) == ["fine"] and token_metrics.find("") == {}
 
 
 def test_tables_that_no_device_can_hold(bad, monkeypatch):
@@ -352,12 +353,12 @@ def test_tables_that_no_device_can_hold(bad, monkeypatch):
         return teacher_of("tabled")
 
     for table, message in (
-        (np.array([1.0, np.nan, np.inf]), r"\['x'\] has 2 of 3 values that are not finite"),
+        (np.array([1.0, np.nan, np.inf]), r"of what .prepare gave, \['x'\] has 2 of 3 values that are not finite"),
         (np.array([2**31]), "has values beyond int32"),
         (np.array([2**32], np.uint64), "has values beyond uint32"),
         (np.array(["a"]), "is of dtype <U1; make it numbers"),
     ):
-        with pytest.raises(UserError, match=f"of what .prepare gave, {message}" if "x'" in message else message):
+        with pytest.raises(UserError, match=message):
             prepared({"x": table})
     fits = prepared({"x": np.array([2**31 - 1]), "y": [np.float64(0.1), np.uint64(2**32 - 1)]})
     assert [x.dtype.name for x in jax.tree.leaves(fits.tables)] == ["int32", "float32", "uint32"]

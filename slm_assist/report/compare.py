@@ -272,9 +272,7 @@ def _helper_cost(helper: dict[str, Any], student: Run, runs: Sequence[Run]) -> d
     own = next(iter(exact or same_seed or matches), None)
 
     flops, seconds = (own.spent(axis, helper["step"]) if own else None for axis in ("flops", "seconds"))
-    if helper.get("train_flops") is not None:
-        flops = helper["train_flops"]
-    return {"flops": flops, "seconds": seconds}
+    return {"flops": helper.get("train_flops") or flops, "seconds": seconds}
 
 
 def _against(method: Method, base: Method) -> Method:

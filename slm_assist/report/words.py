@@ -69,7 +69,10 @@ def first_lines(comparison: Comparison) -> list[Line]:
         lines.append(Line("note", "No BASELINE among the runs: nothing is ranked."))
     elif others and not base.finished:
         lines.append(Line("note", f"{base.name} is unfinished: nothing is ranked."))
-    return lines + [Line("note", note) for note in comparison.notes]
+    runs = [run for method in comparison.methods for run in method.runs]
+    functions = {helper["run"] for run in runs for helper in run.helpers.values() if helper.get("step", 0) < 0}
+    notes = [f"The FLOPs of {name}, a function that taught, are not counted." for name in sorted(functions)]
+    return lines + [Line("note", note) for note in (*notes, *comparison.notes)]
 
 
 def _data(comparison: Comparison) -> str:
