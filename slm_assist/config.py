@@ -299,7 +299,7 @@ def _refuse():
 def changed_keys(
     old: Mapping[str, Any], new: Mapping[str, Any], may_change: tuple[str, ...] = MAY_CHANGE_ON_RESUME
 ) -> list[str]:
-    """`key: old -> new` for each key that differs and must not when a run goes on; a key that is new had its default."""
+    """`key: old -> new` for each that differs and must not when a run goes on; one that is new had its default."""
     defaults = flatten(to_dict(get_config()))
     old, new = defaults | flatten(old), flatten(new)
     return [
