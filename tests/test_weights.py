@@ -52,6 +52,18 @@ GROWN = {  # what the parent has, and what the student has beyond it
 }  # fmt: skip
 
 
+# The others are slow ones: these meet every kind of dimension, tied and untied, scanned and unrolled.
+ALWAYS = (
+    "mlp x1.4, noise", "stream x1.4, large epsilon", "stream x2.5, untied of tied", "logit_scale and cap",
+    "layers x1.5, local", "all x2, scanned of unrolled", "all odd, untied, unrolled",
+)  # fmt: skip
+
+
+def slow(*cases, always=()):
+    """Cases of a test, all but `always` marked as slow."""
+    return [case if case in always else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 def parameters(config, seed=0):
     """Random parameters that make logits of about 1, with norm scales that are not 1."""
     rng = np.random.default_rng(seed)
@@ -109,7 +121,7 @@ def difference(old, new, depth="zero", noise=0.05):
     return float(np.abs(expected - found).max() / np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", GROWN)
+@pytest.mark.parametrize("name", slow(*GROWN, always=ALWAYS))
 def test_logits_are_the_parents(name):
     parent, student = GROWN[name]
     old = dataclasses.replace(OLD, **parent)
@@ -119,7 +131,7 @@ def test_logits_are_the_parents(name):
     assert difference(old, new, noise=0.05 if "all" in name or "noise" in name else 0.0) <= 2e-5
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", slow(*range(6), always=(2,)))
 def test_logits_are_the_parents_at_any_shape(seed):
     rng = np.random.default_rng(seed)
 
@@ -252,7 +264,7 @@ def test_layers_are_placed(depth, places, scan):
             jax.tree.map(np.testing.assert_array_equal, layer, expected)
 
 
-@pytest.mark.parametrize("depth", ["stack", "interleave"])
+@pytest.mark.parametrize("depth", slow("stack", "interleave", always=("stack",)))
 def test_repeated_layers_change_the_logits(depth):
     deeper = dataclasses.replace(OLD, num_layers=4)
     assert f"grow.depth='{depth}'" in weights.check(OLD, deeper, depth=depth, noise=0.0)
@@ -307,7 +319,7 @@ def parting(config, trail, name, length):
     return apart
 
 
-@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("untied", slow(False, True, always=(False,)))
 def test_clones_part(untied):
     old = dataclasses.replace(OLD, num_heads=2, num_kv_heads=1, num_layers=1)
     new = dataclasses.replace(
@@ -340,7 +352,7 @@ def test_clones_of_added_layers_part_too():
             assert apart and all((value > 1e-2) == (noise > 0) for value in apart.values()), (noise, apart)
 
 
-@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("untied", slow(False, True, always=(True,)))
 def test_every_weight_learns_within_two_steps(untied):
     new = dataclasses.replace(OLD, **ODD, tie_embeddings=not untied)
     gradients = [gradient for _, gradient in train(grow(parameters(OLD), OLD, new, noise=0.0), new, 2)]
@@ -352,7 +364,7 @@ def test_every_weight_learns_within_two_steps(untied):
     assert {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(both) if v < 1} == {}
 
 
-@pytest.mark.parametrize("scan, ambient", [(True, False), (False, True)])
+@pytest.mark.parametrize("scan, ambient", [(True, False), pytest.param(False, True, marks=pytest.mark.slow)])
 def test_eight_devices_are_one(scan, ambient):
     old = dataclasses.replace(
         OLD, vocab_size=256, d_model=64, d_ff=128, num_heads=8, num_kv_heads=4, num_layers=4, head_dim=8
