@@ -16,7 +16,7 @@ from slm_assist import aligning, config_rules, corpus, optim, roles, sharding
 from slm_assist import config as config_lib
 from slm_assist import feed as feed_lib
 from slm_assist.assist import helpers as helpers_lib
-from slm_assist.assist import online, own_teacher, row_list, token_weight, weights
+from slm_assist.assist import online, own_teacher, row_list, token_weight
 from slm_assist.assist.schedule import AssistSchedule, assist_schedule
 from slm_assist.assist.scores import Score
 from slm_assist.assist.stages import Stage
@@ -175,6 +175,7 @@ def _check_before_data(config: ml_collections.ConfigDict, run: RunDir) -> None:
     """Finds mistakes in model, optimizer and helpers before a corpus is prepared for hours."""
     make_student(config, Transformer(model_config(config, config.data.vocab_size)))
     make_schedule(config)
+    aligning.schedule(config)
     token_weight.find(config.assist.token_weight)
     token_metrics.find(config.validation.metric)
     objectives.check(config.data)
@@ -197,17 +198,9 @@ def _check_before_data(config: ml_collections.ConfigDict, run: RunDir) -> None:
                 own_teacher.check(directory, step)
                 continue
             helper = helpers_lib.find(role, directory, step=step, vocabulary=vocabulary, dtype=jnp.float32)
-            check_fits(config, helper, model_config(config, vocabulary.size))
+            roles.check_fits(config, helper, model_config(config, vocabulary.size))
         if config.validation.buckets:
             helpers_lib.open_run("buckets", config.validation.buckets)
-
-
-def check_fits(config: ml_collections.ConfigDict, helper: helpers_lib.Helper, student: ModelConfig) -> None:
-    """Raises `UserError` where the student's shape does not go with a helper's."""
-    if helper.role == "guide":
-        aligning.layers(config, student, helper.model.config)
-    if helper.role == "parent":
-        weights.check(helper.model.config, student, depth=config.grow.depth, noise=config.grow.noise)
 
 
 def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:

@@ -263,7 +263,7 @@ def on_paper(config: ml_collections.ConfigDict, devices: Devices, mesh: Any, hel
     check_top_k(config.assist.top_k, size)
     shape = experiment_lib.model_config(config, size)
     for helper in helpers.values():
-        experiment_lib.check_fits(config, helper, shape)
+        roles.check_fits(config, helper, shape)
     model = _transformer(config, config.compute.attention, shape, devices, mesh, config.compute.remat)
     objective = Objective(config.data.objective, config.data.objective in ("prefix", "ul2"), "", dict)
     return Experiment(

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import ml_collections
 
-from slm_assist import flops
-from slm_assist.assist import representations, scores
+from slm_assist import aligning, flops
+from slm_assist.assist import representations, scores, weights
 from slm_assist.assist.helpers import KEYS, Helper
 from slm_assist.assist.own_teacher import is_own
 from slm_assist.assist.scores import Score
@@ -127,3 +127,11 @@ def _guide_flops(
     # A scan over layers runs to its end.
     count = guide.num_layers if guide.scan_layers or layer == representations.FINAL else layer + 1
     return cost + flops.layers(guide, config.data.seq_len, count)
+
+
+def check_fits(config: ml_collections.ConfigDict, helper: Helper, student: ModelConfig) -> None:
+    """Raises `UserError` where the student's shape does not go with a helper's."""
+    if helper.role == "guide":
+        aligning.layers(config, student, helper.model.config)
+    if helper.role == "parent":
+        weights.check(helper.model.config, student, depth=config.grow.depth, noise=config.grow.noise)

@@ -68,6 +68,19 @@ def test_all_gifts_in_one_run_killed_at_every_kind_of_stage(home):
         assert_same_run(run(home, killed.name, **everything), straight)
 
 
+def test_all_gifts_on_eight_devices(home):
+    """The same small LM is split for growing, whole for helping; rows and losses are those of one device."""
+    everything = gifts(home, "labels", "data", "representations", "weights")
+    one = records(run(home, "all", **everything))
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    eight = records(run(home, "eight", **everything, **mesh))
+    for ours, theirs in zip(eight[:4], one[:4], strict=True):
+        assert ours["rows"] == theirs["rows"]
+        for name in ("loss", "cosine", "distillation_kl", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+    assert eight[-1]["log_perplexity"] == pytest.approx(one[-1]["log_perplexity"], abs=2e-3)
+
+
 def test_a_run_goes_on_without_the_small_lms_that_have_left(home, tmp_path):
     keys = gifts(home, "labels", "representations", "weights")
     straight = run(home, "left", killed=(9,), **keys)
