@@ -2,8 +2,8 @@
 
     slm-assist train experiments/let.py --run_dir=runs/let
 
-The loss gains represent.weight * -cos(early hidden states, the small LM's last), a weight that falls linearly to 0
-over represent.fraction of the run. Which layers, and the map between widths, are keys: represent.student_layer,
+The loss gains represent.weight * (1 - cos(early hidden states, the small LM's last)), a weight that falls linearly to
+0 over represent.fraction of the run. Which layers, and the map between widths, are keys: represent.student_layer,
 .helper_layer, .map.
 """
 

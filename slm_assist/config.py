@@ -113,7 +113,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.select.then = "all"  # list: rows afterwards: all | unseen (what stage 1 has not read) | a file of its own
     c.select.steps = 0  # updates with selection; 0: those with the teacher, else select.fraction of the run
     c.select.fraction = 0.0  # of the run; 0: as long as the teacher stays, 0.173 without one
-    c.select.token_share = 1.0  # RHO-1: share of tokens the loss counts, by learner minus reference loss
+    c.select.token_share = 1.0  # RHO-1: share of a microbatch's tokens the loss counts, by learner - reference loss
     c.select.sample = 192  # rows scored once when a selecting run begins, for a person to look at; 0: none  [resume]
 
     c.represent = ml_collections.ConfigDict()
@@ -188,8 +188,7 @@ MAY_CHANGE_ON_RESUME = (
 
 
 # What a branch may change beside that: what comes after its first update, and what only looks on.
-MAY_CHANGE_ON_BRANCH = (*MAY_CHANGE_ON_RESUME, "steps", "optimizer.", "assist.", "select.", "represent.",
-                        "branch.", "validation.")  # fmt: skip
+MAY_CHANGE_ON_BRANCH = (*MAY_CHANGE_ON_RESUME, "steps", "optimizer.", "branch.", "validation.")
 
 
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:

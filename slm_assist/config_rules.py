@@ -187,6 +187,11 @@ def _check_represent(config: ml_collections.ConfigDict) -> None:
             f"represent.schedule={represent.schedule} and represent.helper={represent.helper!r}: representations need "
             "both a schedule (linear is LET's) and the run directory of a trained small LM"
         )
+    if represent.schedule != "none" and not aligned_steps(config):
+        raise UserError(
+            f"represent.fraction={represent.fraction:g} leaves no update to represent.schedule={represent.schedule}; "
+            "raise it, set represent.steps, or leave both out"
+        )
     if represent.steps > config.steps:
         raise UserError(f"represent.steps={represent.steps} is beyond the run's steps={config.steps}; lower it")
 
@@ -252,6 +257,17 @@ def assisted_steps(config: ml_collections.ConfigDict) -> int:
     if config.assist.schedule == "constant":
         return config.steps
     return config.assist.steps or round(config.assist.fraction * config.steps)
+
+
+def auto_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What `assist.schedule=auto` decides by."""
+    assist = config.assist
+    return {
+        "cap": assisted_steps(config),
+        "margin": assist.margin,
+        "window": assist.window,
+        "patience": assist.patience,
+    }
 
 
 def kept_steps(config: ml_collections.ConfigDict) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
 from slm_assist import aligning, config_rules, corpus, optim, roles, sharding
 from slm_assist import config as config_lib
@@ -79,16 +80,6 @@ class Experiment:
         old = state.assist["stage1_steps"]
         decided = feed_lib.put_whole(np.int32(step), old.sharding)
         return state._replace(assist=state.assist | {"stage1_steps": decided})
-
-    def auto_options(self) -> dict[str, Any]:
-        """What `auto` decides by."""
-        assist = self.config.assist
-        return {
-            "cap": config_rules.assisted_steps(self.config),
-            "margin": assist.margin,
-            "window": assist.window,
-            "patience": assist.patience,
-        }
 
     def shares_teacher(self, helpers: dict[str, helpers_lib.Helper], stage: Stage) -> bool:
         """Whether scorer and teacher are one checkpoint fed the same inputs, and one forward pass serves both.
@@ -243,10 +234,10 @@ def compute_dtype(name: str, device: jax.Device) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def make_student(config: ml_collections.ConfigDict, model: Transformer) -> Student:
-    """The model with its optimizer and the options of its loss."""
+def make_learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
+    """The learning rate of every update."""
     c = config.optimizer
-    learning_rate = optim.learning_rate(
+    return optim.learning_rate(
         c.schedule,
         peak=c.peak_learning_rate,
         steps=config.steps,
@@ -254,6 +245,11 @@ def make_student(config: ml_collections.ConfigDict, model: Transformer) -> Stude
         final_fraction=c.final_fraction,
         decay_fraction=c.decay_fraction,
     )
+
+
+def make_student(config: ml_collections.ConfigDict, model: Transformer) -> Student:
+    """The model with its optimizer and the options of its loss."""
+    c, learning_rate = config.optimizer, make_learning_rate(config)
     optimizer = optim.make_optimizer(
         c.name,
         learning_rate,
@@ -372,10 +368,14 @@ def check_resume(run: RunDir, experiment: Experiment) -> dict[str, Any] | None:
     return stored["facts"]
 
 
-def check_helpers(run: RunDir, stored: dict[str, Any], helpers: dict[str, helpers_lib.Helper]) -> None:
-    """Raises `UserError` where a helper that a run goes on with is another than the one it began with."""
+def check_helpers(run: RunDir, known: dict[str, Any], helpers: dict[str, helpers_lib.Helper]) -> None:
+    """Raises `UserError` where a helper that a run goes on with is another than the one it, or its trunk, began with.
+
+    Args:
+      known: facts of those that it began with, by role.
+    """
     for role, helper in helpers.items():
-        if helper.facts()["identity"] != stored["helpers"][role].get("identity"):
+        if role in known and helper.facts()["identity"] != known[role].get("identity"):
             raise UserError(
                 f"{helpers_lib.KEYS[role]}={helper.run}: not what {run} began with; put that one back, or "
                 "start over beside it with --fresh"

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from slm_assist import distributed, flops
+from slm_assist import distributed, flops, plugins
 from slm_assist.assist.auto import Auto
 from slm_assist.assist.helpers import Helper
 from slm_assist.assist.online import ROWS
@@ -171,6 +171,7 @@ class Log:
         seconds = self._clock.lap("stage2" if stage.name == PLAIN else "stage1")
         self._input_wait += batch.waited
         self._to_first_step = self._to_first_step or time.perf_counter() - self._clock.began
+        chosen = {} if rows is None else self._chosen(step, rows, batch.row_ids)
         self._refuse_nan(step, values)
         if self._auto and stage.soft_labels:
             self._auto.observe(step, values["accuracy"], values["teacher_accuracy"])
@@ -189,16 +190,22 @@ class Log:
             record["model_flops_utilisation"] = sum(cost.values()) / seconds / self._peak
         if batch.dropped is not None:
             record["dropped_tokens"] = int(jax.device_get(batch.dropped))
-        if rows is not None:
-            record |= self._chosen(rows, batch.row_ids)
+        if chosen:
             self._warn_of_ties(step, values)
+        record |= chosen
         self._file.write(record)
         self._tensorboard.write(record)
         self._show(record, sum(cost.values()) / seconds)
 
-    def _chosen(self, rows: dict[str, Any], row_ids: np.ndarray) -> dict[str, Any]:
+    def _chosen(self, step: int, rows: dict[str, Any], row_ids: np.ndarray) -> dict[str, Any]:
         """Ids of the kept rows, and how many candidates and kept rows each domain had."""
         rows = jax.device_get(rows)
+        index = rows["index"]
+        if len(np.unique(index)) < len(index) or index[0] < 0 or index[-1] >= len(row_ids):  # it is sorted
+            raise UserError(
+                f"step {step}: select.rule={self._experiment.config.select.rule!r} gave {index.tolist()[:16]}; return "
+                f"distinct indices from 0 to {len(row_ids) - 1}"
+            )
         counts = zip(self._experiment.domains, rows["candidates"].tolist(), rows["kept"].tolist(), strict=True)
         return {
             "rows": row_ids[rows["index"]][rows["valid"] > 0].tolist(),
@@ -224,6 +231,8 @@ class Log:
         cure = "a lower optimizer.peak_learning_rate or with optimizer.clip_norm"
         if not all_finite({"score": values.get("score_mean", 0.0)}):
             cure = "another select.scorer_step or select.score"
+        own = plugins.in_use(self._experiment.config)
+        cure += f"; is it what {' and '.join(own)} gives?" if own else ""
         raise UserError(f"step {step}: {bad}; {kept}: start over with --fresh and {cure}, or look at this step's data")
 
     def _show(self, record: dict[str, Any], rate: float) -> None:

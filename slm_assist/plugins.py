@@ -13,6 +13,18 @@ def is_plugin(name: str) -> bool:
     return ":" in name
 
 
+def in_use(config: Any) -> list[str]:
+    """The functions of somebody's own that take part in an update by this config, as "key=package.module:function"."""
+    named = {f"{section}.{key}": config[section][key] for section, key in IN_UPDATES}
+    return [f"{key}={name}" for key, name in named.items() if is_plugin(name) and "/" not in name]
+
+
+IN_UPDATES = (
+    ("assist", "schedule"), ("assist", "teacher"), ("assist", "token_weight"), ("represent", "schedule"),
+    ("select", "score"), ("select", "rule"), ("data", "objective"),
+)  # fmt: skip
+
+
 def call(key: str, name: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """What somebody's function gives, with its mistakes in one line that names the key."""
     try:
@@ -20,8 +32,8 @@ def call(key: str, name: str, function: Callable[..., Any], *arguments: Any, **n
     except UserError:
         raise
     except Exception as error:
-        words = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{key}={name!r}: the function fails: {words!r}") from error
+        words = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{key}={name!r}: the function fails: {type(error).__name__}: {words}") from error
 
 
 def check_parameters(key: str, name: str, function: Callable[..., Any], *parameters: str, **named: str) -> None:

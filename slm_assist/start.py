@@ -22,7 +22,7 @@ from slm_assist.assist.helpers import Helper, Placement
 from slm_assist.assist.stages import Stage
 from slm_assist.checkpoint import Checkpoints
 from slm_assist.errors import UserError
-from slm_assist.experiment import SAME_ON_RESUME, Experiment, Say, facts
+from slm_assist.experiment import SAME_ON_RESUME, Experiment, Say, facts, make_learning_rate
 from slm_assist.log import Log
 from slm_assist.run_dir import RunDir
 from slm_assist.state import TrainState
@@ -107,11 +107,17 @@ def _branch(experiment: Experiment, like: TrainState, say: Say) -> Begun:
     if experiment.schedule.stage1_steps is not None:  # else `auto` goes on as it was
         state = experiment.switched(state, int(experiment.first_assist()["stage1_steps"]))
     say(f"branches off from {trunk} at step {step}")
+    rates = [float(make_learning_rate(c)(step)) for c in (config_lib.from_dict(stored["config"]), config)]
+    if abs(rates[1] / rates[0] - 1) > 1e-3:
+        say(
+            f"the learning rate changes where it branches, from {rates[0]:.3g} to {rates[1]:.3g}; to decay from a "
+            "plateau give both optimizer.schedule=wsd, and branch before the trunk's own decay"
+        )
     return Begun(state, meta | {"offset": 0}, stored["facts"]["helpers"])
 
 
 def check_branch(experiment: Experiment, trunk: RunDir, stored: dict[str, Any]) -> None:
-    """Raises `UserError` where model, data or seed are not the trunk's."""
+    """Raises `UserError` where model, data, gifts or seed are not the trunk's."""
     changed = config_lib.changed_keys(
         stored["config"], config_lib.to_dict(experiment.config), config_lib.MAY_CHANGE_ON_BRANCH
     )
@@ -122,8 +128,8 @@ def check_branch(experiment: Experiment, trunk: RunDir, stored: dict[str, Any]) 
         changed.append(f"optimizer.name: {optimizers[0]!r} -> {optimizers[1]!r}")
     if changed:
         raise UserError(
-            f"branch.run={trunk}: a branch has its trunk's model, data and seed; these differ: {'; '.join(changed)}; "
-            "use the trunk's values"
+            f"branch.run={trunk}: a branch has its trunk's model, data, gifts and seed; these differ: "
+            f"{'; '.join(changed)}; use the trunk's values"
         )
 
 
@@ -131,7 +137,7 @@ CARRIED = ("vocabulary", "train_rows", "objective", "parameters", "dtype")  # fa
 
 
 def _check_stages(experiment: Experiment, trunk: RunDir, stored: dict[str, Any], step: int) -> None:
-    """Up to its first update a branch must have what its trunk had: the place in the data follows from it."""
+    """Shares of a run's steps are others in a branch: up to its first update it must have had what its trunk had."""
     theirs = _until(config_rules.plan(config_lib.from_dict(stored["config"])), step)
     ours = _until(experiment.plan(), step)
     if ours != theirs:

@@ -75,6 +75,7 @@ def _run(experiment: Experiment, run: RunDir, say: Say, group: Group, clock: Clo
     chosen = stored and {role: helper["step"] for role, helper in stored["helpers"].items()}
     new = not (whole_steps(run.checkpoints) or config.branch.run)
     helpers = experiment_lib.find_helpers(experiment, chosen) if new else {}
+    experiment_lib.check_helpers(run, stored["helpers"] if stored else {}, helpers)
 
     checkpoints = Checkpoints(
         run.checkpoints, keep_last=config.checkpoint.keep_last, keep=config_rules.kept_steps(config), group=group
@@ -83,9 +84,10 @@ def _run(experiment: Experiment, run: RunDir, say: Say, group: Group, clock: Clo
     first, assisted = int(state.step), int(state.assist["stage1_steps"])  # -1: `auto` has not decided
     plan = experiment.plan(assisted)
     needed = roles.needed(config, plan, first)
-    helpers = helpers if new else experiment_lib.find_helpers(experiment, chosen, needed)
-    if stored:
-        experiment_lib.check_helpers(run, stored, helpers)
+    if not new:
+        known = stored["helpers"] if stored else helped
+        helpers = experiment_lib.find_helpers(experiment, {role: fact["step"] for role, fact in known.items()}, needed)
+        experiment_lib.check_helpers(run, known, helpers)
     experiment.data.feed(plan)  # what does not fit in the lists shows here
     helpers, params_of = helpers_lib.load_all(helpers, mesh, say)
     facts = stored or experiment_lib.facts(experiment, helpers, helped)
@@ -101,7 +103,7 @@ def _run(experiment: Experiment, run: RunDir, say: Say, group: Group, clock: Clo
     if first == 0:
         look.write_sample(experiment, run, helpers, params_of, state.params, plan, compiled.get(programs.SAMPLE))
 
-    auto = auto_lib.Auto.restore(experiment.auto_options(), meta["auto"]) if assisted < 0 else None
+    auto = auto_lib.Auto.restore(config_rules.auto_options(config), meta["auto"]) if assisted < 0 else None
     log = Log(experiment, run, helpers, meta, first, clock, auto)
     kept = config_rules.kept_steps(config)
     with (

@@ -144,14 +144,16 @@ def test_a_branch_is_the_run_that_would_have_decayed_there(home):
     "changed, words",
     [
         ({"branch__step": 5}, "step 5 was not kept; there are 6, 9, 12"),
-        ({"assist__steps": 3}, "up to step 6 it was assisted_aligned to 4, .* would be assisted_aligned to 3"),
+        ({"assist__steps": 3}, "assist.steps: 4 -> 3"),
+        ({"represent__weight": 0.2}, "represent.weight: 0.1 -> 0.2"),
+        ({"select__pool_factor": 2}, "select.pool_factor: 5 -> 2"),
         ({"model__d_ff": 96}, "model.d_ff: 80 -> 96"),
         ({"seed": 1}, "seed: 0 -> 1"),
         ({"optimizer__name": "muon"}, "optimizer.name: 'adamw' -> 'muon'"),
         ({"grow__helper": ""}, "grow.helper"),
-        ({"steps": 6, "assist__steps": 2, "represent__steps": 4}, "up to step 6|leaves nothing of steps=6"),
+        ({"branch__step": 9}, "its checkpoint 9 leaves nothing of steps=8"),
         ({"branch__run": "nowhere"}, "branch.run=nowhere: no run was started there"),
-        ({"represent__map": "truncate"}, "cannot be read as this run's state"),
+        ({"represent__map": "truncate"}, "represent.map: 'projection' -> 'truncate'"),
     ],
 )
 def test_what_cannot_branch_says_why(home, changed, words):
@@ -163,9 +165,36 @@ def test_what_cannot_branch_says_why(home, changed, words):
     assert not (home / "bad").exists() or not (home / "bad" / "config.json").exists()
 
 
+def test_a_branch_has_had_what_its_trunk_had(home):
+    """Shares of the steps are others in it; and a learning rate that jumps is said."""
+    keys = gifts(home, "labels") | {"assist__steps": 0, "assist__fraction": 0.34, "checkpoint__keep": "6"}
+    run(home, "shares", **keys)
+    branch = {"branch__run": str(home / "shares"), "branch__step": 6, "steps": 8}
+    with pytest.raises(UserError, match="up to step 6 it was assisted to 4, plain to 6, and .* assisted to 3"):
+        run(home, "bad", **keys, **branch)
+    messages = []
+    run(home, "jump", messages=messages, **keys, **branch | {"steps": 12, "optimizer__schedule": "wsd"})
+    assert any("the learning rate changes where it branches, from " in line for line in messages)
+
+
+def test_another_parent_is_refused_before_the_first_checkpoint(home, tmp_path):
+    keys = gifts(home, "weights") | {"checkpoint__every": 0}
+    run(home, "orphan", killed=(1,), **keys)
+    shutil.copytree(home / "small_lm", tmp_path / "kept")
+    try:
+        shutil.rmtree(home / "small_lm")
+        run(home, "small_lm", seed=5)
+        with pytest.raises(UserError, match="grow.helper=.*small_lm: not what .* began with"):
+            run(home, "orphan-killed-1", **keys)
+    finally:
+        shutil.rmtree(home / "small_lm")
+        shutil.copytree(tmp_path / "kept", home / "small_lm")
+
+
 @pytest.mark.parametrize(
     "keys, words",
     [
+        ({"represent.schedule": "linear", "represent.helper": "x", "represent.fraction": 0.0}, "leaves no update"),
         ({"represent.helper": "x"}, "represent.schedule=none and represent.helper='x'"),
         ({"represent.schedule": "linear"}, "represent.schedule=linear and represent.helper=''"),
         ({"represent.schedule": "ratio", "represent.helper": "x"}, "represent.schedule='ratio': choose one of"),

@@ -17,7 +17,9 @@ from slm_assist.errors import UserError
 from slm_assist.models import ModelConfig, Transformer
 
 BOS, EOS, PAD, TEXT, SENTINEL = 1, 2, 0, 3, 300  # text is 3 to 299
-VOCABULARY = SimpleNamespace(sentinel_ids=np.arange(SENTINEL, SENTINEL + 64), bos_id=BOS, eos_id=EOS, pad_id=PAD)
+VOCABULARY = SimpleNamespace(
+    size=SENTINEL + 64, sentinel_ids=np.arange(SENTINEL, SENTINEL + 64), bos_id=BOS, eos_id=EOS, pad_id=PAD
+)
 NO_EOS = SimpleNamespace(sentinel_ids=np.arange(SENTINEL + 63, SENTINEL - 1, -1), bos_id=None, eos_id=None, pad_id=PAD)
 NAMES = ("tokens", "targets", "segment_ids", "positions", "mask")
 
@@ -356,16 +358,32 @@ def test_an_objective_of_ones_own(tmp_path, monkeypatch):
         "def prefixed(ids, starts, length, key):\n"
         "    return causal(ids, starts, length)\n"
         "prefixed.has_prefix = True\n"
+        "def short(ids):\n"
+        "    return causal(ids)\n"
+        "def fails(ids, starts, length, key):\n"
+        "    return {}['nothing']\n"
+        "def beyond(ids, starts, length, key):\n"
+        "    return causal(ids, starts, length) | {'targets': ids[:, 1:] + 10**6}\n"
+        "def broken(ids, starts, length, key):\n"
+        "    arrays = causal(ids, starts, length)\n"
+        "    return arrays | {'mask': arrays['mask'] * float('nan')}\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     given = rows(3)
     mine = make(data("my_objectives:last_half"), VOCABULARY)
     assert (mine.name, mine.has_prefix, mine.fingerprint) == ("my_objectives:last_half", False) + (mine.name,)
     assert mine(*given)["mask"][:, :32].sum() == 0 < mine(*given)["mask"].sum()
-    with pytest.raises(UserError, match=r"my_objectives:bare'.*each \[3, 64\] here; targets is missing"):
-        make(data("my_objectives:bare"), VOCABULARY)(*given)
+    with pytest.raises(UserError, match=r"my_objectives:bare'.*each \[2, 8\] here; targets is missing"):
+        make(data("my_objectives:bare"), VOCABULARY)
     with pytest.raises(UserError, match="prefix_mask is missing"):
-        make(data("my_objectives:prefixed"), VOCABULARY)(*given)
+        make(data("my_objectives:prefixed"), VOCABULARY)
+    for name, words in {
+        "short": "it takes .*; write it for", "fails": "the function fails: KeyError", "beyond": "targets from 1000000",
+        "broken": "mask is not finite",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=f"data.objective='my_objectives:{name}': .*{words}") as caught:
+            make(data(f"my_objectives:{name}"), VOCABULARY)
+        assert "\n" not in str(caught.value)
     sys.modules.pop("my_objectives")
 
 

@@ -8,7 +8,7 @@ from test_report import BASE, fabricate
 
 from slm_assist import report
 from slm_assist.report import tables
-from slm_assist.report.gifts import gifts, update_seconds
+from slm_assist.report.gifts import Gift, gifts, update_seconds
 from slm_assist.report.runs import read_run
 
 SMALL = {"run": "runs/small", "step": 200, "parameters": 500, "train_flops": 600.0}
@@ -54,6 +54,13 @@ def test_each_gift_has_its_giver_its_time_and_its_cost(tmp_path):
 def test_an_unfinished_run_has_no_totals_yet(tmp_path):
     found = {gift.name: gift for gift in gifts(read_run(gifted(tmp_path, finished=False)))}
     assert found["labels"].stop == 200 and found["labels"].flops is None and found["labels"].share is None
+
+
+def test_what_a_function_cost_nobody_knows_and_two_steps_of_a_run_are_one_training():
+    early, late, function = SMALL | {"step": 20, "train_flops": 60.0}, SMALL, {"run": "my_lab:five", "step": -1}
+    assert Gift("data", (early, late), 9, 1.0, 0.1).training_flops == 600.0
+    by_function = Gift("labels", (function | {"train_flops": 0.0},), 9, 0.0, 0.0)
+    assert by_function.training_flops is None and by_function.givers == "my_lab:five"
 
 
 def test_updates_by_stage_are_medians(tmp_path):

@@ -51,12 +51,20 @@ class Own:
     def branches(step):
         return 0.5 if step > 3 else 0.1
 
+    def beyond(step):
+        return jax.numpy.float32(step)
+
 
 def test_a_schedule_of_somebodys_own():
     schedule = assist_schedule(f"{__name__}:Own.cosine", steps=3)
     np.testing.assert_allclose(weights(schedule, 5), [1, 0.5 + 0.5**1.5, 0.5, 0, 0], atol=1e-6)
     assert schedule.stage1_steps == 3
-    for name, said in (("Own.rows", "scalar"), ("Own.branches", "traced step"), ("Own.cosin", "cosine")):
+    for name, said in (
+        ("Own.rows", "scalar"),
+        ("Own.branches", "TracerBool"),
+        ("Own.beyond", "from 0 to 1"),
+        ("Own.cosin", "cosine"),
+    ):
         with pytest.raises(UserError, match=f"assist.schedule=.*{said}"):
             assist_schedule(f"{__name__}:{name}", steps=3)
 

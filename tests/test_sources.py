@@ -252,7 +252,11 @@ def half():
     yield Document("\\ud800", "")
 def other():
     yield Document("x", "", "test")
-wrong.fingerprint = half.fingerprint = other.fingerprint = "three"
+def fails():
+    yield {}["nothing"]
+def takes(path):
+    yield Document("x", "")
+fails.fingerprint = takes.fingerprint = wrong.fingerprint = half.fingerprint = other.fingerprint = "three"
 """
 
 
@@ -273,4 +277,6 @@ def test_a_source_of_ones_own(tmp_path, monkeypatch):
     assert "document 0: 'text' is no slm_assist.data.sources.Document with a text" in error("my_corpus:wrong")
     assert "half a surrogate pair" in error("my_corpus:half")
     assert "split 'test'" in error("my_corpus:other")
+    assert "data.source='my_corpus:fails': the function fails: KeyError: 'nothing'" in error("my_corpus:fails")
+    assert "it takes (path); write it for ()" in error("my_corpus:takes")
     assert "documens" in error("my_corpus:documens") and "no_such.module" in error("no_such.module:f")

@@ -54,7 +54,7 @@ def _setting(results: dict[str, Any]) -> str:
         f"LM's last checkpoint.{unlike}",
         f"± is the half-width of the 95 % t-interval over {len(s['seeds'])} seed(s), of differences paired by seed; "
         "`not resolved` where it includes 0. Intervals hold one by one; they are not widened for their number. What "
-        "the choice of validation rows adds is not in them.",
+        "the choice of validation rows adds is not in them. Seconds are not compared: the runs shared a machine.",
     ])  # fmt: skip
 
 
@@ -100,7 +100,10 @@ def _longer(results: dict[str, Any]) -> str:
     rows = [(method["name"], str(row["steps"]), _signed(row["against_longer"]), _verdict(row["against_longer"]))
             for method in _others(results) for row in method["budgets"] if "against_longer" in row]  # fmt: skip
     steps = results["setting"]["longer"]
-    text = f"BASELINE with the FLOPs of the small LM's training as extra steps: {steps} in all, fully decayed."
+    text = (
+        f"BASELINE with the FLOPs of the small LM's training as extra steps: {steps} in all, fully decayed. What the "
+        "small LM then costs in a method's own run is not given to BASELINE here; at equal FLOPs, above, it is."
+    )
     return f"## Against BASELINE, longer\n\n{text}\n\n" + table(
         ("method", "steps", f"log-perplexity minus BASELINE's at {steps} steps", ""), rows
     )
@@ -135,7 +138,11 @@ def _rows(results: dict[str, Any]) -> str:
             rows.append((method["name"], str(row["steps"]), f"{tokens:,.0f}", unique, f"{epochs:.3f}",
                          f"{tokens / s['parameters']:.2f}", str(len(s["seeds"]))))  # fmt: skip
     header = ("method", "steps", "tokens learnt from", "unique", "epochs of rows read", "tokens a parameter", "seeds")
-    text = "Rows read include candidates that were not chosen; a small LM read no other corpus than its student."
+    text = (
+        "Rows read include candidates that were not chosen. Beside that, every method but BASELINE had a small LM that "
+        f"had read the rows of all {s['budgets'][-1]} steps before its student began, those after a smaller budget's "
+        "end too: teacher and guide speak of rows that they were trained on."
+    )
     return f"## What each row stands on\n\n{text}\n\n{table(header, rows)}"
 
 

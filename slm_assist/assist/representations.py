@@ -22,7 +22,7 @@ from slm_assist.models import ModelConfig, Transformer
 MAPS = ("projection", "truncate")
 FINAL = -1  # the small LM's hidden states after its final norm, those that its head reads
 EARLY = -1  # the student's layer a third of the way up
-EPSILON = 1e-6  # least length of a vector
+EPSILON = 1e-6  # a vector that is shorter has no direction: its cosine is 0, and so is the gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def let(
       per_token: return [B, T] terms instead of sums.
 
     Returns:
-      A `Loss` whose part `cosine` is that of the angle; a vector of length 0 has cosine 0.
+      A `Loss` whose part `cosine` is that of the angle; a vector of no length has cosine 0.
 
     Raises:
       UserError: shapes that do not fit together.
@@ -122,7 +122,9 @@ def let(
 
 
 def _inverse_length(x: jax.Array) -> jax.Array:
-    return jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1), EPSILON**2))
+    square = jnp.sum(jnp.square(x), axis=-1)
+    long = square > EPSILON**2
+    return jnp.where(long, jax.lax.rsqrt(jnp.where(long, square, 1.0)), 0.0)
 
 
 def _check(student: jax.Array, guide: jax.Array, mask: jax.Array, kernel: jax.Array | None) -> None:

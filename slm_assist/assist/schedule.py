@@ -14,6 +14,7 @@ training (arXiv 2410.18779). The kinds differ in how w ends:
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -80,7 +81,8 @@ def assist_schedule(
       UserError: the kind is unknown, `ratio` has a weight of 1, or a function cannot be found or gives no scalar.
       ValueError: a weight outside [0, 1], or `decay_steps` longer than stage 1.
     """
-    function = _function(f"{section}.schedule", kind) if plugins.is_plugin(kind) else None
+    most = 1.0 if section == "assist" else math.inf  # of a mixture's w; other sections add a term
+    function = _function(f"{section}.schedule", kind, steps, most) if plugins.is_plugin(kind) else None
     if function is None:
         one_of(f"{section}.schedule", kind, KINDS)
     if not 0.0 <= weight <= 1.0:
@@ -103,12 +105,19 @@ def assist_schedule(
     return AssistSchedule(kind, weight, steps, function=function)
 
 
-def _function(key: str, name: str) -> Callable[[jax.Array], jax.Array]:
+def _function(key: str, name: str, steps: int, most: float) -> Callable[[jax.Array], jax.Array]:
+    """Somebody's schedule, tried traced and at the first, middle and last step of stage 1."""
     function = plugins.load(key, name)
-    try:
-        shape = jax.eval_shape(lambda step: jnp.asarray(function(step)), jax.ShapeDtypeStruct((), jnp.int32)).shape
-    except Exception as error:  # it is somebody's code: anything may come out of it
-        raise UserError(f"{key}={name!r}: it must map a traced step to w, but fails: {error!r}") from error
-    if shape:
-        raise UserError(f"{key}={name!r}: it gives an array of shape {shape}; w is a scalar")
+    plugins.check_parameters(key, name, function, "step")
+    traced = plugins.call(key, name, jax.eval_shape, lambda step: jnp.asarray(function(step)), _STEP)
+    if traced.shape:
+        raise UserError(f"{key}={name!r}: it gives an array of shape {traced.shape}; w is a scalar")
+    for step in sorted({0, steps // 2, max(steps - 1, 0)}):
+        weight = float(function(jnp.int32(step)))
+        if not 0 <= weight <= most:
+            range_of = f"from 0 to {most:g}" if math.isfinite(most) else "of at least 0"
+            raise UserError(f"{key}={name!r}: it gives {weight} for step {step}; give a finite number {range_of}")
     return function
+
+
+_STEP = jax.ShapeDtypeStruct((), jnp.int32)

@@ -167,6 +167,7 @@ def _check_salt(k: int, masked: str, statistic: str, vocab_size: int | None) -> 
 
 def _plugin(name: str) -> Score:
     fn = plugins.load("select.score", name)
+    plugins.check_parameters("select.score", name, fn, "stats", "mask")
     roles = getattr(fn, "roles", ("scorer",))
     if not isinstance(roles, tuple | list) or not roles or not all(role in ROLES for role in roles):
         raise UserError(f"select.score={name!r}: its roles are {roles!r}; make them a tuple of {', '.join(ROLES)}")

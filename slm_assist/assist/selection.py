@@ -156,7 +156,7 @@ class Kept(NamedTuple):
 def check_rule(rule: str) -> None:
     """Raises `UserError` unless `rule` is one of `RULES`, or names a function that can be loaded."""
     if plugins.is_plugin(rule):
-        plugins.load("select.rule", rule)
+        plugins.check_parameters("select.rule", rule, plugins.load("select.rule", rule), "scores", "keep", "key")
     elif rule not in RULES:
         choices = f"{', '.join(RULES)} or package.module:function"
         raise UserError(f"select.rule={rule!r}: choose one of {choices}{nearest(rule, RULES)}")

@@ -156,6 +156,7 @@ def dimensions(old: ModelConfig, new: ModelConfig, depth: str) -> dict[str, Dime
     }
 
 
+@functools.partial(jax.jit, static_argnames=("old", "new", "depth", "noise"))
 def grow(
     params: Params,
     old: ModelConfig,
@@ -165,7 +166,8 @@ def grow(
     noise: float = 0.01,
     key: jax.Array,
 ) -> Params:
-    """Parameters of `Transformer(new)` from those of `Transformer(old)`; can be jitted with sharded arrays.
+    """Parameters of `Transformer(new)` from those of `Transformer(old)`; jitted, and fit to be within another `jit`
+    whose `out_shardings` lay the result out.
 
     Args:
       params: the parent's, of any float dtype.

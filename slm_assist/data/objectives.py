@@ -128,7 +128,7 @@ def make(data: Any, vocabulary: Any) -> Objective:
     """
     name = data.objective
     if plugins.is_plugin(name):
-        return _custom(name)
+        return _custom(name, vocabulary.size)
     check(data)
     if name == "causal":
         return Objective("causal", False, "causal", causal)
@@ -158,7 +158,7 @@ def make(data: Any, vocabulary: Any) -> Objective:
 def check(data: Any) -> None:
     """Raises `UserError` where the keys of `data` that objectives read are out of range."""
     if plugins.is_plugin(data.objective):
-        plugins.load("data.objective", data.objective)
+        _custom(data.objective)
         return
     one_of("data.objective", data.objective, NAMES)
     shares = {key: getattr(data, key) for key in ("ul2_causal", "ul2_prefix", "ul2_span")}
@@ -179,23 +179,38 @@ def sentinels_needed(data: Any) -> int:
     return 0
 
 
-def _custom(name: str) -> Objective:
+def _custom(name: str, vocab_size: int | None = None) -> Objective:
+    """Somebody's objective, tried on two rows of 9 ids; what it gives is checked in every batch.
+
+    Args:
+      vocab_size: tokens and targets must be below; None: not checked.
+    """
     function = plugins.load("data.objective", name)
+    plugins.check_parameters("data.objective", name, function, "ids", "starts", "length", "key")
     has_prefix = bool(getattr(function, "has_prefix", False))
     required = (*_REQUIRED, *(["prefix_mask"] if has_prefix else []))
 
+    def refuse(problem: str) -> None:
+        raise UserError(f"data.objective={name!r}: {problem}")
+
     def checked(ids_NxR, starts_NxR, length_N, key_N):
-        arrays = function(ids_NxR, starts_NxR, length_N, key_N)
+        arrays = plugins.call("data.objective", name, function, ids_NxR, starts_NxR, length_N, key_N)
         shape = (ids_NxR.shape[0], ids_NxR.shape[1] - 1)
         for key in required:
             found = np.shape(arrays[key]) if isinstance(arrays, dict) and key in arrays else None
             if found != shape:
-                raise UserError(
-                    f"data.objective={name!r}: it must return a dict with {', '.join(required)}, each {list(shape)} "
-                    f"here; {key} is {'missing' if found is None else list(found)}"
-                )
+                said = "missing" if found is None else list(found)
+                refuse(f"it must return a dict with {', '.join(required)}, each {list(shape)} here; {key} is {said}")
+        for key in ("tokens", "targets"):
+            low, high = int(np.min(arrays[key])), int(np.max(arrays[key]))
+            if low < 0 or (vocab_size is not None and high >= vocab_size):
+                refuse(f"{key} from {low} to {high}: a token is at least 0 and below the vocabulary's {vocab_size}")
+        if not np.isfinite(arrays["mask"]).all():
+            refuse("its mask is not finite; give 0 to what does not count")
         return arrays
 
+    rows = np.zeros((2, 9), np.int32)
+    checked(rows, rows == 1, np.array([9, 9]), np.array([1, 2], np.uint64))
     return Objective(name, has_prefix, str(getattr(function, "fingerprint", name)), checked)
 
 

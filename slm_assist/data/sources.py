@@ -136,9 +136,10 @@ def _megatron(spec: str, prefixes: str, cache_dir: str | Path | None, vocabulary
 
 
 def _custom(spec: str) -> Source:
-    from slm_assist.plugins import load
+    from slm_assist.plugins import check_parameters, load
 
     function = load("data.source", spec)
+    check_parameters("data.source", spec, function)
     fingerprint = getattr(function, "fingerprint", None)
     fingerprint = fingerprint() if callable(fingerprint) else fingerprint
     if not isinstance(fingerprint, str) or not fingerprint:
@@ -153,7 +154,7 @@ def _read_custom(
     path: Path, on_bytes: OnBytes, spec: str, function: Callable[[], Iterator[Document]], pretokenised: bool
 ) -> Iterator[Document]:
     """The documents of a user's function, checked for what would otherwise fail far from here."""
-    for number, document in enumerate(function()):
+    for number, document in enumerate(_given(spec, function)):
         where = f"source {spec}, document {number}"
         wanted = "with ids" if pretokenised else "with a text"
         if not isinstance(document, Document) or (document.ids is not None) != pretokenised:
@@ -168,6 +169,17 @@ def _read_custom(
             raise UserError(f"{where}: half a surrogate pair at {error.start}; mend it") from error
         if document.text or pretokenised:
             yield document
+
+
+def _given(spec: str, function: Callable[[], Iterator[Document]]) -> Iterator[Any]:
+    """What a user's function gives; its own mistakes in one line."""
+    try:
+        yield from function()
+    except UserError:
+        raise
+    except Exception as error:
+        words = (str(error).splitlines() or [""])[0]
+        raise UserError(f"data.source={spec!r}: the function fails: {type(error).__name__}: {words}") from error
 
 
 def _short(value: Any) -> str:

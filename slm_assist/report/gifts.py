@@ -28,20 +28,28 @@ class Gift:
 
     @property
     def givers(self) -> str:
-        """`small_lm at step 300`; several are joined."""
-        return " and ".join(dict.fromkeys(f"{Path(h['run']).name} at step {h['step']}" for h in self.helpers))
+        """`small_lm at step 300`, or a function; several are joined."""
+        return " and ".join(dict.fromkeys(map(_giver, self.helpers)))
 
     @property
     def training_flops(self) -> float | None:
-        """Of the small LMs' own training up to these steps, each once; None where it is not known."""
-        costs = {(helper["run"], helper["step"]): helper.get("train_flops") for helper in self.helpers}
-        return None if not costs or None in costs.values() else sum(costs.values())
+        """Of the small LMs' own training, each once, up to the latest step; None where it is not known."""
+        costs: dict[str, float] = {}
+        for helper in self.helpers:
+            if helper.get("train_flops") is None or helper["step"] < 0:  # nobody knows what a function cost
+                return None
+            costs[helper["run"]] = max(costs.get(helper["run"], 0.0), helper["train_flops"])
+        return sum(costs.values()) if costs else None
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "helpers": [f"{helper['run']} at step {helper['step']}" for helper in self.helpers],
+            "helpers": [_giver(helper) for helper in self.helpers],
             "updates": self.stop, "flops": self.flops, "share": self.share, "training_flops": self.training_flops,
         }  # fmt: skip
+
+
+def _giver(helper: dict[str, Any]) -> str:
+    return f"{Path(helper['run']).name} at step {helper['step']}" if helper["step"] >= 0 else helper["run"]
 
 
 # The part of a stage's name that tells of a gift, its FLOPs in summary.json, and the roles of who gives it.
@@ -73,10 +81,13 @@ def _helpers(run: Run, roles: tuple[str, ...]) -> tuple[dict[str, Any], ...]:
 
 
 def update_seconds(run: Run) -> dict[str, float]:
-    """Median seconds of an update, by stage."""
+    """Median seconds of an update, by stage; of stages with fewer than `LEAST_UPDATES` none."""
     lines = [line for line in run.train if {"step", "stage", "seconds"} <= line.keys()]
     passed: dict[str, list[float]] = {}
     for before, line in zip(lines, lines[1:], strict=False):
         if line["step"] == before["step"] + 1:
             passed.setdefault(line["stage"], []).append(line["seconds"] - before["seconds"])
-    return {stage: statistics.median(seconds) for stage, seconds in passed.items()}
+    return {stage: statistics.median(times) for stage, times in passed.items() if len(times) >= LEAST_UPDATES}
+
+
+LEAST_UPDATES = 5

@@ -198,7 +198,9 @@ def run_table(comparison: Comparison) -> Table:
             known = [str(run.facts.get(fact, "?")) for fact in ("hardware", "devices", "dtype")]
             versions = ", ".join(f"{k} {v}" for k, v in (run.facts.get("versions") or {}).items())
             step, seed = str(run.final["step"]), str(run.seed)
-            rows.append((m.name, str(run.path), seed, run.schedule, chosen(run) or NONE, step, *known, versions))
+            branch = run.config.get("branch") or {}
+            place = f"{run.path}, a branch of {branch['run']}" if branch.get("run") else str(run.path)
+            rows.append((m.name, place, seed, run.schedule, chosen(run) or NONE, step, *known, versions))
     header = ("method", "directory", "seed", "schedule", "choice", "steps", "hardware", "devices", "compute",
               "versions")  # fmt: skip
     return Table("The runs", header, rows)
