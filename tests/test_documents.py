@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 
@@ -134,26 +133,6 @@ def test_readme_names_every_metric(workplace):
     lines = [json.loads(line) for run in runs for line in run.metrics.read_text().splitlines()]
     names = {key for line in lines for key in line} - {"kind", "step", "stage"}
     assert {"rows", "score_threshold", "selected_tokens", "dropped_tokens"} <= names <= table
-
-
-def test_what_plugs_in_from_another_package(workplace, tmp_path, monkeypatch):
-    """The README's page of functions, each named by a config."""
-    (code,) = [code for code in PYTHON if code.startswith("# my_lab.py")]
-    (tmp_path / "my_lab.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    small = str(tiny.run(workplace, "plugged/small", steps=3, checkpoint__keep_fraction=0.3))
-    run = tiny.run(
-        workplace, "plugged/salt_ds", steps=4, assist__schedule="my_lab:waves", assist__steps=2, assist__teacher=small,
-        select__rows="online", select__score="my_lab:certain", select__rule="my_lab:alternate",
-        data__objective="my_lab:second_half",
-    )  # fmt: skip
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    train = [line for line in lines if line["kind"] == "train"]
-    assert [line["assist_weight"] for line in train[:2]] == pytest.approx([0.5, 0.5 + 0.1 * np.sin(1)])
-    assert len(train[0]["rows"]) == 8 and train[0]["score_max"] <= 1
-    assert train[0]["tokens"] <= 8 * 16 + 8
-    poems = tiny.run(workplace, "plugged/poems", steps=3, data__source="my_lab:poems", data__vocab_size=330)
-    assert list(json.loads(poems.metrics.read_text().splitlines()[-1])["domains"]) == ["poems"]
 
 
 def test_no_link_in_the_readme_is_broken():

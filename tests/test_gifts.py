@@ -68,6 +68,7 @@ def test_all_gifts_in_one_run_killed_at_every_kind_of_stage(home):
         assert_same_run(run(home, killed.name, **everything), straight)
 
 
+@pytest.mark.slow
 def test_all_gifts_on_eight_devices(home):
     """The same small LM is split for growing, whole for helping; rows and losses are those of one device."""
     everything = gifts(home, "labels", "data", "representations", "weights")

@@ -149,7 +149,8 @@ def test_teacher_without_tables_and_with_a_matrix(monkeypatch):
     @jax.jit
     def loss(params, batch):
         soft = labels.teach(loaded, nothing, batch)
-        return labels.soft_label_loss(STUDENT, params, batch, loaded, soft, weight=0.5, temperature=0.5)
+        view, options = labels.see(STUDENT, params, batch), {"weight": 0.5, "temperature": 0.5}
+        return labels.soft_label_loss(STUDENT, view, batch, batch["mask"], loaded, soft, **options)
 
     view = labels.hidden_and_head(STUDENT, params, batch)
     logits = table[batch["tokens"]] * (batch["positions"] % 2)[..., None]

@@ -313,7 +313,7 @@ OTHERS = [
     (token_weight.find, "one", r"assist.token_weight='bad_lab:one': it takes \(x\); write it for \(info, w\)"),
     (token_weight.find, "number", r"gave float; return a weight for each token, here of shape \(7,\)"),
     (token_weight.find, "wide", r"gave shape \(3,\); return a weight for each token"),
-    (token_weight.find, "fails", "the function fails: 'told'"),
+    (token_weight.find, "fails", "the function fails: ValueError: told"),
     (token_weight.find, "missing", "bad_lab has no 'missing'"),
     (token_metrics.find, "one", r"validation.metric='bad_lab:one': it takes \(x\); write it for \(stats, batch\)"),
     (

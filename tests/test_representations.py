@@ -200,7 +200,7 @@ def optax_norm(tree) -> float:
     return float(np.sqrt(sum((np.asarray(x, np.float64) ** 2).sum() for x in jax.tree.leaves(tree))))
 
 
-@pytest.mark.parametrize("shape, microbatches", [((8, 1, 1), 1), ((2, 2, 2), 2)])
+@pytest.mark.parametrize("shape, microbatches", [pytest.param((8, 1, 1), 1, marks=pytest.mark.slow), ((2, 2, 2), 2)])
 def test_any_mesh_and_microbatches_give_the_same(shape, microbatches):
     align = make_align()
     one, one_metrics = updated(align, make_student())

@@ -11,6 +11,7 @@ from slm_assist import config as config_lib
 from slm_assist import corpus, sharding
 from slm_assist import experiment as experiment_lib
 from slm_assist.assist import row_list
+from slm_assist.assist.stages import stages
 from slm_assist.errors import UserError
 from slm_assist.feed import Data
 from slm_assist.run_dir import RunDir
@@ -102,9 +103,7 @@ def test_a_changed_list_has_its_own_order_and_an_unchanged_one_runs_on(tmp):
         config, _ = config_lib.resolve("", tiny.overrides(tmp, **(keys_of(tmp, name) | more)))
         rows = prepared(tmp).train
         objective = experiment_lib.objectives.make(config.data, rows.vocabulary)
-        feed = Data(config, rows, objective, sharding.make_mesh(1)).feed(
-            experiment_lib.stages(12, assisted=0, selecting=STEPS)
-        )
+        feed = Data(config, rows, objective, sharding.make_mesh(1)).feed(stages(12, assisted=0, selecting=STEPS))
         return [feed.row_ids_at(n) for n in range(12)]
 
     online = batches("salt_ds")
