@@ -167,7 +167,7 @@ def assert_close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-@pytest.mark.parametrize("map_name", representations.MAPS)
+@pytest.mark.parametrize("map_name", ["projection", pytest.param("truncate", marks=pytest.mark.slow)])
 def test_the_update_is_the_gradient_of_both_losses(map_name):
     align, student, batch = make_align(map_name=map_name), make_student(), make_batch()
     state = start(student, align, sharding.make_mesh(1, 1, 1))

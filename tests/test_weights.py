@@ -52,8 +52,8 @@ GROWN = {  # what the parent has, and what the student has beyond it
 
 # The others are slow ones: these meet every kind of dimension, tied and untied, scanned and unrolled.
 ALWAYS = (
-    "mlp x1.4, noise", "stream x1.4, large epsilon", "stream x2.5, untied of tied", "logit_scale and cap",
-    "layers x1.5, local", "all x2, scanned of unrolled", "all odd, untied, unrolled",
+    "stream x1.4, large epsilon", "stream x2.5, untied of tied", "layers x1.5, local", "all x2, scanned of unrolled",
+    "all odd, untied, unrolled",
 )  # fmt: skip
 
 
@@ -153,6 +153,7 @@ def test_logits_are_the_parents_at_any_shape(seed):
     assert difference(old, new) <= 2e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_parents_give_float32():
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), parameters(OLD))
     whole = jax.tree.map(lambda x: x.astype(jnp.float32), params)
@@ -205,6 +206,7 @@ def test_parameters_are_those_of_the_definitions():
         np.testing.assert_array_equal(silent, 0)
 
 
+@pytest.mark.slow
 def test_new_dimensions_are_read_as_a_new_model_would():
     old = dataclasses.replace(OLD, d_model=64, num_layers=1, tie_embeddings=False)
     new = dataclasses.replace(old, d_model=120, d_ff=200, num_heads=16, num_kv_heads=8, num_layers=3)
@@ -343,6 +345,7 @@ def test_what_cannot_be_grown_is_one_line(message):
         weights.grow(parameters(old), old, new, **options, key=jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_layouts_hold_the_same_numbers():
     new = dataclasses.replace(OLD, d_ff=17, num_layers=4)
     flat = dataclasses.replace(new, scan_layers=False)

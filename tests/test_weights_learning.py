@@ -82,6 +82,7 @@ def test_clones_part(untied):
             assert (np.abs(first - second).max() > 1e-4) == (noise > 0), name
 
 
+@pytest.mark.slow
 def test_clones_of_added_layers_part_too():
     """Nothing but the noise of their zero outputs tells these clones apart."""
     new = dataclasses.replace(OLD, d_ff=24, num_heads=8, num_kv_heads=4, num_layers=4, scan_layers=False)
