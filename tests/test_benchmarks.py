@@ -105,6 +105,16 @@ def test_rates_and_json(common, tmp_path, capsys):
     assert json.loads((tmp_path / "new" / "x.json").read_text()) == whole  # what was there stays
 
 
+def test_representations(run):
+    found = run("representations", "--pair", "1x16/1x8", "--vocab", "64", *SHAPE, "--rounds", "2")["settings"][0]
+    layer, head = {d: 26 * d * d + 4 * 16 * d for d in (16, 8)}, 2 * 16 * 64
+    expected = 1 + layer[8] / (3 * (layer[16] + head))
+    assert found["flops_ratio"] == pytest.approx(expected, rel=1e-4)
+    assert found["compiled_flops_ratio"] == found["flops_ratio"], "rounded alike"
+    seconds = found["seconds"]
+    assert found["ratio"]["median"] > 0 and set(seconds) == {"plain", "aligned", "trunk"}
+
+
 def test_assistance_and_memory(run):
     found = run("assistance", "--pair", "1x16/1x8", "--vocab", "64", *SHAPE, "--rounds", "2")["settings"][0]
     counted, seconds = found["compiled_flops"], found["seconds"]
