@@ -5,8 +5,8 @@
 A student that begins as its own teacher has nothing to learn from it at first: another small LM as assist.teacher, or
 an earlier checkpoint as grow.helper_step, may serve better.
 
-In a first measurement (300 steps, three seeds) 0.025 nats a token better than BASELINE, no better than growth alone. See
-experiments/results/gifts/.
+In a first measurement (300 steps, three seeds) 0.025 nats a token better than BASELINE, no better than growth
+alone. See experiments/results/gifts/.
 """
 
 OVERRIDES = {
