@@ -194,6 +194,7 @@ def test_resumes_bit_for_bit_and_needs_no_tables_in_stage_2(tmp, own, lab, monke
         tiny.run(tmp, "own-killed-5", **OWN)
 
 
+@pytest.mark.slow
 def test_mesh_microbatches_top_k_and_temperature(tmp, lab):
     keys = OWN | {"assist__schedule": "linear", "assist__steps": 3, "assist__temperature": 0.5, "assist__top_k": 5}
     keys |= {"steps": 4, "model__num_kv_heads": 2, "loss__block_bytes": 8 * 384 * 8}
