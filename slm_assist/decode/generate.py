@@ -126,7 +126,7 @@ def logits_of(model: Transformer, params: Params, hidden_NxD: jax.Array) -> jax.
 
 def _segments(cache: Params, pad_B: jax.Array) -> jax.Array:
     """int32 [B, S]: 0 for the padding in front, 1 for text, before it is written too."""
-    slots = jax.tree.leaves(cache)[0].shape[-3]
+    slots = jax.tree.leaves(cache)[0].shape[-2]
     return (jnp.arange(slots) >= pad_B[:, None]).astype(jnp.int32)
 
 
@@ -336,7 +336,7 @@ class Generator:
         return jax.tree.map(lambda x, at: jnp.zeros(x.shape, x.dtype, device=at), shapes, layout)
 
     def _cache_layout(self, cache: Params) -> Any:
-        names = ("layers", "batch", "length", "kv_heads", "head_dim")
+        names = ("layers", "batch", "kv_heads", "length", "head_dim")
         return jax.tree.map(lambda x: sharding.sharding(names[-x.ndim :], x, self.mesh), cache)
 
     def _layout(self, shape: tuple[int, ...]) -> NamedSharding:
