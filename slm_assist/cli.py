@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from slm_assist.commands import generate
 from slm_assist.errors import UserError
 
 
@@ -132,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_select(command)
 
     _add_plan(command)
+    generate.add(command)
     report = command(
         "report",
         _report,

@@ -56,9 +56,8 @@ class Text:
     def _settled(self, text: str) -> str:
         """Without the end that may still become another character, or a stop string."""
         text = text.rstrip(BROKEN)
-        begun = [
-            size for word in self._stop for size in range(min(len(word), len(text)), 0, -1) if text.endswith(word[:size])
-        ]
+        sizes = ((word, size) for word in self._stop for size in range(1, len(word)))
+        begun = [size for word, size in sizes if text.endswith(word[:size])]
         return text[: len(text) - max(begun, default=0)]
 
     def _say(self, text: str) -> None:
