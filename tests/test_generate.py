@@ -65,7 +65,7 @@ def made(config):
 
 @pytest.fixture(scope="module")
 def small():
-    return made(SMALL)
+    return made(dataclasses.replace(WHOLE, num_layers=1, scan_layers=False))
 
 
 @pytest.fixture(scope="module")
