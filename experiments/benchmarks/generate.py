@@ -8,9 +8,9 @@ that has `--prompt`; without a cache a token costs a forward pass of all S = pro
 
 Expected FLOPs of a step: rows x F(S), by slm_assist/flops.py. Expected bytes: all parameters that a token meets, once
 whatever the rows, and rows x S x 2 layers kv_heads head_dim of the cache; both in the compute dtype. The bound is the
-larger of FLOPs over the fastest matmul and bytes over the fastest stream, both measured in the same process; `of_bound`
-is its share of the seconds of a step. One row reads parameters and little else, so on an H200 (4.8 TB/s) a billion
-parameters in bfloat16 allow about 2,000 tokens a second. The parameters are those of a fresh model.
+larger of FLOPs over the fastest matmul and bytes over the fastest reading of a matrix, both measured in the same
+process; `of_bound` is its share of the seconds of a step. One row reads parameters and little else, so on an H200
+(4.8 TB/s) a billion parameters in bfloat16 allow about 2,000 tokens a second. The parameters are those of a fresh model.
 """
 
 import functools
@@ -25,23 +25,25 @@ from slm_assist import experiment, flops, sharding
 from slm_assist.decode import Sampling
 from slm_assist.decode.loop import State, decode, logits_of
 from slm_assist.models import Transformer
+from slm_assist.models.transformer import Params
 
 ON_ACCELERATORS = {"size": "16x2048", "prompt": 512, "new": 512}
 ON_CPUS = {"size": "4x512", "prompt": 64, "new": 64}
 
 
-def stream_rate(rounds: int = 5, size: int = 2**25) -> float:
-    """Bytes/s of the fastest pass over an array of float32 that is read and written, on one device."""
-    x = jnp.zeros(size, jnp.float32)
-    seconds = common.interleave({"stream": functools.partial(jax.jit(lambda x: x + 1), x)}, rounds, warmup=2)
-    return 2 * x.nbytes / seconds["stream"].low
+def read_rate(rounds: int = 5, size: int = 6144) -> float:
+    """Bytes/s of the fastest of two ways to read a matrix once, vector by matrix and sum, on one device."""
+    vector, matrix = jnp.ones((1, size), jnp.float32), jnp.ones((size, size), jnp.float32)
+    ways = {"product": lambda: multiply(vector, matrix), "sum": lambda: total(matrix)}
+    multiply, total = jax.jit(jnp.dot), jax.jit(jnp.sum)
+    return matrix.nbytes / min(seconds.low for seconds in common.interleave(ways, rounds, warmup=2).values())
 
 
-def start(model: Transformer, rows: int, prompt: int, new: int) -> State:
+def start(model: Transformer, cache: Params, rows: int, prompt: int) -> State:
     """As after a prompt; what is in the cache costs nothing."""
     numbers = np.arange(rows, dtype=np.int32)
     return State(
-        cache=model.init_cache(rows, prompt + new),
+        cache=cache,
         token_B=numbers % model.config.vocab_size,
         done_B=np.zeros(rows, bool),
         pad_B=np.zeros(rows, np.int32),
@@ -59,9 +61,9 @@ def measure(model: Transformer, rows: int, prompt: int, new: int, rounds: int, r
     loop = functools.partial(decode, model=model, sampling=Sampling(), ends=(), burst=new)
     loop = jax.jit(loop, donate_argnums=1)
 
-    def again(state: State) -> tuple[State, jax.Array]:
-        fresh = start(model, rows, prompt, new)
-        return loop(params, fresh._replace(cache=state.cache), np.int32(new))
+    def again(cache: Params) -> tuple[Params, jax.Array]:
+        state, tokens_BxK = loop(params, start(model, cache, rows, prompt), np.int32(new))
+        return state.cache, tokens_BxK
 
     @jax.jit
     def whole(params, tokens_BxT):
@@ -69,7 +71,7 @@ def measure(model: Transformer, rows: int, prompt: int, new: int, rounds: int, r
         return jnp.argmax(logits_of(model, params, hidden_BxD), axis=-1)
 
     tokens_BxT = jnp.zeros((rows, slots), jnp.int32)
-    calls = common.keep(start(model, rows, prompt, new), {"cached": again})
+    calls = common.keep(model.init_cache(rows, slots), {"cached": again})
     times = common.interleave(calls | {"uncached": lambda: whole(params, tokens_BxT)}, rounds, warmup=2)
     step = common.Times.of(seconds / new for seconds in times["cached"].all)
     met = model.num_params() - (0 if config.tie_embeddings else config.vocab_size * config.d_model)
@@ -106,7 +108,7 @@ def main() -> None:
             setattr(options, name, value)
     dtype = experiment.compute_dtype(options.dtype, jax.devices()[0])
     model = Transformer(setting_lib.model_config(options.size, options.vocab), dtype=dtype)
-    rates = common.peak_matmul(dtype), stream_rate()
+    rates = common.peak_matmul(dtype), read_rate()
     with jax.set_mesh(sharding.make_mesh(data=1)):
         found = [measure(model, rows, options.prompt, options.new, options.rounds, rates) for rows in options.rows]
     result = {
@@ -117,7 +119,7 @@ def main() -> None:
         "prompt": options.prompt,
         "new": options.new,
         "matmul_flops_per_second": rates[0],
-        "stream_bytes_per_second": rates[1],
+        "read_bytes_per_second": rates[1],
     }
     common.finish(options, result)
 

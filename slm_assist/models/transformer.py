@@ -206,10 +206,13 @@ class Transformer:
         c = self.config
         shape = (rows, c.num_kv_heads, slots, c.head_dim)
         stacked = (c.num_groups, *shape) if c.scan_layers else shape
-        layer = {"attention": {name: jnp.zeros(stacked, self.dtype) for name in ("key", "value")}}
+
+        def layer() -> Params:  # arrays of its own, so that the cache can be donated
+            return {"attention": {name: jnp.zeros(stacked, self.dtype) for name in ("key", "value")}}
+
         if c.scan_layers:
-            return {"groups": {f"layer_{position}": layer for position in range(len(c.pattern))}}
-        return {f"layer_{index}": layer for index in range(c.num_layers)}
+            return {"groups": {f"layer_{position}": layer() for position in range(len(c.pattern))}}
+        return {f"layer_{index}": layer() for index in range(c.num_layers)}
 
     def apply_cached(
         self,
