@@ -10,7 +10,7 @@ Expected FLOPs of a step: rows x F(S), by slm_assist/flops.py. Expected bytes: a
 whatever the rows, and rows x S x 2 layers kv_heads head_dim of the cache; both in the compute dtype. The bound is the
 larger of FLOPs over the fastest matmul and bytes over the fastest reading of a matrix, both measured in the same
 process; `of_bound` is its share of the seconds of a step. One row reads parameters and little else, so on an H200
-(4.8 TB/s) a billion parameters in bfloat16 allow about 2,000 tokens a second. The parameters are those of a fresh model.
+(4.8 TB/s) a billion parameters in bfloat16 allow about 2,000 tokens a second. The model is a fresh one.
 """
 
 import functools
