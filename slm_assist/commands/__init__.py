@@ -1,0 +1,1 @@
+"""Subcommands of `slm-assist` that have a file of their own."""
