@@ -155,7 +155,7 @@ def pack(
     records["starts"], records["learnt"] = np.packbits(starts, axis=1), np.packbits(learnt, axis=1)
     if n_rows:
         records["domain"] = majority(domain)
-    records["checksum"] = checksums(records)
+        records["checksum"] = checksums(records)
     counts |= {"documents": len(used), "tokens": int(learnt.sum())}
     counts["bytes"] = sum(len((documents[i].prompt.text + documents[i].text).encode()) for i in used)
     return records, counts

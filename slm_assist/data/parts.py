@@ -66,7 +66,7 @@ def write(parts: Path, part: tuple[int, int], make: Callable[[], tuple[Packer, V
         shards = []
         with (scratch / "shards.bin").open("wb") as file:
             for packed in packer:
-                data = memoryview(packed.records).cast("B")
+                data = packed.data
                 file.write(data)
                 counts = list(packed.counts.values())  # in the order of EXAMPLE_COUNTS, which begins with COUNTS
                 shards.append([packed.index, packed.split, data.nbytes, zlib.crc32(data), *counts])

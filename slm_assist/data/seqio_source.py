@@ -16,15 +16,17 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slm_assist.data import seqio_tasks
 from slm_assist.data.documents import Document, OnBytes, Part, Source
-from slm_assist.data.templates import Templates
 from slm_assist.data.tokenizers import Vocabulary
 from slm_assist.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from slm_assist.data.templates import Templates
 
 _TFDS = re.compile(r"tfds:(?P<name>(?:huggingface:)?[^:]+(?::[\d*]+\.[\d*]+\.[\d*]+)?)(?::(?P<split>.+))?")
 _PROBED = 64  # documents whose contents are in the fingerprint of a Task
@@ -52,7 +54,7 @@ def open_tfds(
     text_field: str = "text",
     domain_field: str = "",
     vocabulary: Vocabulary | None = None,
-    templates: Templates | None = None,
+    templates: "Templates | None" = None,
 ) -> SeqioSource:
     """A set of tensorflow-datasets as documents, in the order of its files.
 
@@ -128,7 +130,7 @@ def _read_tfds(
     text_field: str,
     domain_field: str,
     label: Any,
-    templates: Templates | None,
+    templates: "Templates | None",
 ) -> Iterator[Document]:
     _, tfds, _ = seqio_tasks.modules(spec)
     one_by_one = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)

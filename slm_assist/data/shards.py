@@ -137,6 +137,11 @@ class Packed(NamedTuple):
     counts: dict[str, int]
     bytes_read: int
 
+    @property
+    def data(self) -> memoryview:
+        """The bytes of the rows; there may be none."""
+        return memoryview(self.records.view(np.uint8))
+
 
 COUNTS = ("rows", "documents", "ids", "tokens", "bytes")
 EXAMPLE_COUNTS = (*COUNTS, *examples.COUNTS)
@@ -237,5 +242,5 @@ def write_rows(packer: Packer, directory: Path, vocabulary: Vocabulary, seq_len:
     """Writes both splits' files; returns their entries for meta.json."""
     with writers(directory, vocabulary, seq_len) as files:
         for packed in packer:
-            files[packed.split].append(memoryview(packed.records).cast("B"), packed.counts)
+            files[packed.split].append(packed.data, packed.counts)
         return {split: writer.finish(list(packer.domains[split])) for split, writer in files.items()}

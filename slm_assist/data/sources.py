@@ -3,15 +3,17 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slm_assist.data import columnar, pretokenised, text_files
 from slm_assist.data.documents import Document, OnBytes, Part, Source
 from slm_assist.data.paths import digests, find
 from slm_assist.data.python_source import python_files
-from slm_assist.data.templates import Templates, check_source
 from slm_assist.data.tokenizers import Vocabulary
 from slm_assist.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from slm_assist.data.templates import Templates
 
 __all__ = ["Document", "OnBytes", "Part", "Source", "is_pretokenised", "open_source"]
 
@@ -23,6 +25,7 @@ _READ_RECORDS = {
     "array_record": columnar.read_array_record,
 }
 _PRETOKENISED = ("nanogpt", "megatron")
+_WITH_FIELDS = (*_READ_RECORDS, "tfds")
 KINDS = ("text", "jsonl", "pile", "python", "parquet", "array_record", *_PRETOKENISED, "tfds", "seqio")
 
 
@@ -34,7 +37,7 @@ def open_source(
     validation_fraction: float = PYTHON_VALIDATION_FRACTION,
     cache_dir: str | Path | None = None,
     vocabulary: Vocabulary | None = None,
-    templates: Templates | None = None,
+    templates: "Templates | None" = None,
 ) -> Source:
     """Finds a source's files and fingerprints them.
 
@@ -74,7 +77,7 @@ def open_source(
             f"source {spec!r}: write KIND:GLOB with one of {', '.join(KINDS)}, or package.module:function{hint}"
         )
     if templates:
-        check_source(spec)
+        check_has_fields(spec)
     if kind in _PRETOKENISED and vocabulary is None:
         raise UserError(f"source {spec}: it holds ids, not text; set data.vocabulary to the vocabulary they are of")
     if kind == "python":
@@ -105,6 +108,15 @@ def open_source(
     options = f"{templates.options if templates else text_field} {domain_field}"
     parts = [Part(p, *known[p], kind, read, options=options) for p in paths]
     return Source(spec, parts, examples=templates is not None)
+
+
+def check_has_fields(spec: str, key: str = "source") -> None:
+    """Raises `UserError` unless the records of a source of this name have fields to make examples of."""
+    if spec.partition(":")[0] not in _WITH_FIELDS:
+        raise UserError(
+            f"{key}={spec}: data.prompt and data.answer need records with fields: use "
+            f"{', '.join(f'{kind}:' for kind in _WITH_FIELDS)} or a function that gives examples, without templates"
+        )
 
 
 def is_pretokenised(spec: str) -> bool:

@@ -9,13 +9,11 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from slm_assist import plugins
+from slm_assist.data import sources
 from slm_assist.data.documents import Document, Prompt
 from slm_assist.data.examples import learnt_pattern
 from slm_assist.data.text_files import field, value_at
 from slm_assist.errors import UserError, nearest
-
-KINDS = ("jsonl", "parquet", "array_record", "tfds")  # of sources whose records have fields
 
 
 class Templates:
@@ -139,7 +137,7 @@ def from_config(data: Any) -> Templates | None:
     """
     if not data.prompt and not data.answer:
         for key, plain in (("learn", "answer"), ("choices", ""), ("shorten", "")):
-            if data[key] != plain and not (key == "learn" and plugins.is_plugin(data.source)):
+            if data[key] != plain and not (key == "learn" and data.source.partition(":")[0] not in sources.KINDS):
                 raise UserError(
                     f"data.{key}={data[key]!r} is for examples: set data.prompt and data.answer, or leave it out"
                 )
@@ -157,17 +155,8 @@ def check(data: Any) -> None:
         return
     for key in ("source", "validation"):
         if data[key]:
-            check_source(data[key], f"data.{key}")
+            sources.check_has_fields(data[key], f"data.{key}")
     if data.objective != "causal":
         raise UserError(
             f"data.objective={data.objective} with data.prompt: examples are learnt with data.objective=causal"
-        )
-
-
-def check_source(spec: str, key: str = "source") -> None:
-    """Raises `UserError` unless a source of this name has records with fields."""
-    if spec.partition(":")[0] not in KINDS:
-        raise UserError(
-            f"{key}={spec}: data.prompt and data.answer need records with fields: use "
-            f"{', '.join(f'{kind}:' for kind in KINDS)} or a function that gives examples, without templates"
         )
