@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from test_columnar import length_delimited, write_array_record, write_parquet
 
 from slm_assist import config as config_lib
 from slm_assist import corpus
-from slm_assist.data import examples, row_store
+from slm_assist.data import examples, row_store, seqio_tasks
 from slm_assist.data import rows as rows_lib
 from slm_assist.data.documents import Document, Prompt
 from slm_assist.data.hugging_face import byte_tokenizer
@@ -323,3 +324,35 @@ text.fingerprint, text.examples = "1", True
     prefix = config_lib.get_config()
     prefix.data.objective = "prefix"
     assert "learnt with data.objective=causal" in error(corpus.make_objective, prefix, prepared)
+
+
+def test_sets_of_tfds(monkeypatch):
+    """With a stand-in for the builder; TensorFlow is slow to import."""
+    records = [{"question": {"text": r["question"]["text"].encode()}, "label": np.int64(r["label"])} for r in RECORDS]
+
+    class Split(SimpleNamespace):
+        num_examples, num_bytes, shard_lengths = len(RECORDS), 10, [len(RECORDS)]
+
+    features = {"question": {"text": None}, "label": SimpleNamespace(int2str="xyz".__getitem__)}
+    info = SimpleNamespace(
+        full_name="sums/1.0.0", name="sums", version="1.0.0", splits={"train": Split()}, features=features
+    )
+    dataset = SimpleNamespace(as_numpy_iterator=lambda: iter(records))
+    builder = SimpleNamespace(info=info, data_path="here", as_dataset=lambda **options: dataset)
+    tf = SimpleNamespace(errors=SimpleNamespace(OpError=ZeroDivisionError))
+    monkeypatch.setattr(seqio_tasks, "tfds_builder", lambda spec, name: builder)
+    monkeypatch.setattr(seqio_tasks, "modules", lambda spec: (None, SimpleNamespace(ReadConfig=dict), tf))
+    source = open_source(
+        "tfds:sums:train",
+        templates=Templates("{question.text}", "{label}", choices="label:a|b|c"),
+        domain_field="label",
+    )
+    found = [(d.prompt.text, d.text, d.domain) for d in source.documents()]
+    assert found == [(r["question"]["text"], "abc"[r["label"]], "xyz"[r["label"]]) for r in RECORDS]
+    assert source.examples and not source.splits
+    numbers = open_source("tfds:sums:train", templates=Templates("{question.text}", "{label}"))
+    assert {d.text for d in numbers.documents()} == {"0", "1", "2"} and numbers.fingerprint != source.fingerprint
+    no_field = Templates("{question.txt}", "{label}")
+    assert "no field 'question.txt' (did you mean text?); it has ['text']: set data.prompt" in error(
+        open_source, "tfds:sums:train", templates=no_field
+    )
