@@ -115,9 +115,8 @@ def test_exact_match_of_a_run_on_a_file(small, tmp_path):
     assert [json.loads(line) for line in out.read_text().splitlines()] == result.lines
     assert result.lines[0]["prompt"] == prompts[0] and result.lines[0]["answer"] == f" {RECORDS[0]['answer']}"
     assert "exact match 0.9500 +- 0.0500 (19 of 20 right" in messages[0] and str(out) in messages[0]
-    with_template = exact_match.run_exact_match(loaded, spec, prompt=PROMPT, answer="{answer}", **options)
-    assert with_template.lines[0]["answer"] == RECORDS[0]["answer"]
-    assert "give both or neither" in error(exact_match.run_exact_match, loaded, spec, prompt=PROMPT)
+    another = exact_match.run_exact_match(loaded, spec, answer="{answer}!", **options)
+    assert another.lines[0]["answer"] == f"{RECORDS[0]['answer']}!" and another.lines[0]["prompt"] == prompts[0]
     stranger = loaded._replace(name=str(tmp_path))
     assert "not fine-tuned with data.prompt" in error(exact_match.run_exact_match, stranger, spec)
 

@@ -67,7 +67,8 @@ def prepare(
 
     Args:
       source: the corpus. Where it does not say itself which documents are for validation,
-        `validation_fraction` of them are, by a hash of their text (so that copies stay on one side).
+        `validation_fraction` of them are, by a hash of their text, of examples the prompt's (so that copies
+        stay on one side).
       vocabulary: the vocabulary to use; None learns one of `vocab_size` pieces from about `sample_bytes` of
         the training documents. Ids need theirs.
       seq_len: T; a row stores T + 1 ids.

@@ -129,15 +129,15 @@ def exact_match(
 def run_exact_match(
     loaded: "Loaded",
     source: str,
-    *,
     prompt: str = "",
     answer: str = "",
-    choices: str = "",
     match: str = "",
-    limit: int = 0,
+    limit: int | None = None,
     max_tokens: int = 256,
+    out: str | Path | None = None,
+    *,
+    choices: str = "",
     stop: Sequence[str] = (),
-    out: str | Path = "",
     writer: Writer | None = None,
     say: Callable[[str], Any] = print,
 ) -> Result:
@@ -146,11 +146,11 @@ def run_exact_match(
     Args:
       loaded: the model.
       source: as data.source: jsonl:, parquet:, array_record: or tfds:.
-      prompt, answer, choices: templates as in the config (see data/templates.py); without the first two, those that
-        the model's run was fine-tuned with.
+      prompt, answer, choices: as in the config (see data/templates.py); by default what the model's run was fine-tuned
+        with. Prompts are not shortened.
       match, max_tokens, stop: as for `exact_match`.
-      limit: only the first so many examples; 0: all.
-      out: a file of JSON lines, written as answers come; "": none.
+      limit: only the first so many examples; none: all.
+      out: a file of JSON lines, written as answers come; none: no file.
       writer: by default a Generator of the model.
 
     Raises:
@@ -181,15 +181,13 @@ def run_exact_match(
 
 
 def _templates(name: str, prompt: str, answer: str, choices: str) -> Templates:
-    """Those that are given, or the run's."""
-    if prompt and answer:
-        return Templates(prompt, answer, choices=choices)
-    if prompt or answer:
-        raise UserError(
-            "exact match: a prompt without an answer template, or the other way round; give both or neither"
-        )
+    """Those that are given, else the run's."""
     run = RunDir(name)
     data = run.read(run.config)["config"]["data"] if run.config.is_file() else {}
-    if not data.get("prompt"):
-        raise UserError(f"{name}: not fine-tuned with data.prompt and data.answer; give both templates")
-    return Templates(data["prompt"], data["answer"], choices=choices or data["choices"])
+    its = {key: data.get(key, "") for key in ("prompt", "answer", "choices")}
+    prompt, answer = prompt or its["prompt"], answer or its["answer"]
+    if not prompt or not answer:
+        raise UserError(f"{name}: not fine-tuned with data.prompt and data.answer; give a template for both")
+    if (prompt, answer) == (its["prompt"], its["answer"]):
+        choices = choices or its["choices"]
+    return Templates(prompt, answer, choices=choices)
