@@ -209,6 +209,7 @@ def _placed(
             elif bounds[0][0] <= at < bounds[0][1]:
                 part[at - bounds[0][0]] = values[within]
     arrays = [jax.device_put(parts[_bounds(index, like.shape)], device) for device, index in places.items()]
+    jax.block_until_ready(arrays)  # so that the host's part is free before the next is read
     return jax.make_array_from_single_device_arrays(like.shape, like.sharding, arrays)
 
 
