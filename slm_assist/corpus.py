@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
-from slm_assist import roles
+from slm_assist import pretrained, roles
 from slm_assist.assist import helpers as helpers_lib
 from slm_assist.assist.own_teacher import is_own
-from slm_assist.data import objectives
+from slm_assist.data import examples, objectives, templates
 from slm_assist.data import rows as rows_lib
 from slm_assist.data.objectives import Objective
 from slm_assist.data.paths import cache_path
@@ -20,6 +20,7 @@ from slm_assist.data.sources import Source, open_source
 from slm_assist.data.tokenizers import Vocabulary
 from slm_assist.distributed import Group
 from slm_assist.errors import UserError
+from slm_assist.models.hf import load as hub
 from slm_assist.run_dir import RunDir
 
 if TYPE_CHECKING:  # TensorFlow loads only where a config names a stream
@@ -70,6 +71,8 @@ def prepare(
         f"rows of {data.seq_len} tokens: {len(train):,} to train on ({train.tokens:,} tokens), {len(held):,} to "
         f"validate on; {vocabulary.size} pieces; in {prepared.path}"
     )
+    if train.examples:
+        say(f"examples: {examples.describe(prepared.meta['splits'], data.seq_len)}")
     return dataclasses.replace(prepared, vocabulary=vocabulary)
 
 
@@ -106,6 +109,7 @@ def _open(config: ml_collections.ConfigDict, spec: str, vocabulary: Vocabulary |
         validation_fraction=data.validation_fraction,
         cache_dir=data.cache_dir,
         vocabulary=vocabulary and vocabulary.with_sentinels(0),
+        templates=templates.from_config(data),
     )
 
 
@@ -129,6 +133,7 @@ def _rows(
         cores=data.cores,
         progress=config.log.progress,
         part=part,
+        learn=data.learn,
     )
 
 
@@ -175,6 +180,8 @@ def _streamed(config: ml_collections.ConfigDict, stream: "Stream", say: Say) -> 
 def make_objective(config: ml_collections.ConfigDict, prepared: Prepared) -> Objective:
     """What is asked of the rows; of a stream, the Task has decided it."""
     if not config.data.stream:
+        if prepared.train.examples and config.data.objective != "causal":
+            raise UserError(f"data.objective={config.data.objective}: examples are learnt with data.objective=causal")
         return objectives.make(config.data, prepared.vocabulary)
     prefix = prepared.train.has_prefix
     return Objective("prefix" if prefix else "causal", prefix, "as the Task packs", objectives.causal)
@@ -186,15 +193,19 @@ def sentinels(config: ml_collections.ConfigDict) -> int:
 
 
 def find_vocabulary(config: ml_collections.ConfigDict, run: RunDir | None) -> Vocabulary | None:
-    """A run that goes on keeps its own; else the config's, a trunk's or a helper's; None: one is to be trained."""
+    """A run keeps its own; else the config's, a trunk's, init.model's or a helper's; None: one is to be trained."""
     if run and run.config.is_file():
         return Vocabulary.load(run.tokenizer)
     given = config.data.vocabulary
     if not given and config.branch.run:
         given = helpers_lib.open_trunk(config.branch.run, config.branch.step).path
+    if not given and config.init.model:
+        return pretrained.open_model(config.init.model, "init.model").vocabulary
     for role, (directory, _) in roles.wanted(config).items() if not given else ():
         if not given and not is_own(role, directory):
-            given = helpers_lib.open_run(role, directory).path
+            return helpers_lib.open_model(role, directory).vocabulary
+    if hub.is_name(str(given)):
+        return pretrained.HubModel(given, weights=False).vocabulary
     if "://" in str(given):
         return Vocabulary.load(given)
     if given:

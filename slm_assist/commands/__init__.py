@@ -1,1 +1,1 @@
-"""Subcommands of `slm-assist`, one a file: `add(command)` declares it, `run(options, overrides)` does it."""
+"""Subcommands of `slm-assist` that have a file of their own."""

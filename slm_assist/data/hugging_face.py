@@ -39,7 +39,7 @@ class HuggingFaceModel:
             raise UserError(f"{name}: reading a tokenizer.json needs tokenizers: pip install tokenizers") from error
         self.model = model
         try:
-            self._json = _without_chance(json.loads(model))
+            self._json = without_chance(json.loads(model))
             self._tokenizer = Tokenizer.from_str(json.dumps(self._json))
             ids = self._tokenizer.get_vocab(with_added_tokens=True)
             if not ids:
@@ -70,6 +70,18 @@ class HuggingFaceModel:
         # The batch form works outside the interpreter's lock, the other does not.
         (encoded,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array(self._apart(text, encoded.ids), np.int32)
+
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        ids, spans = list(encoded.ids), list(encoded.offsets)
+        if not self._special_ids.isdisjoint(ids):  # as `_apart`
+            ids, spans, at = [], [], 0
+            for part in self._inside_special.split(text):
+                encoded = self._tokenizer.encode(part, add_special_tokens=False)
+                ids += encoded.ids
+                spans += [(at + start, at + stop) for start, stop in encoded.offsets]
+                at += len(part)
+        return np.array(ids, np.int32), np.array(spans, np.int64).reshape(-1, 2)
 
     def _apart(self, text: str, ids: list[int]) -> list[int]:
         """`ids`, unless the model itself found a special token in the text: then it is spelt in two parts."""
@@ -123,7 +135,7 @@ def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [decoder]
 
 
-def _without_chance(tokenizer: dict[str, Any]) -> dict[str, Any]:
+def without_chance(tokenizer: dict[str, Any]) -> dict[str, Any]:
     """The file's contents without truncation, padding and BPE dropout."""
     model = tokenizer["model"] | {"dropout": None} if "dropout" in tokenizer["model"] else tokenizer["model"]
     return tokenizer | {"model": model, "truncation": None, "padding": None}
