@@ -33,8 +33,17 @@ EXTRAS = {
     "beam": ["apache-beam>=2.70", "sentencepiece<0.2.3"],
     "gpu": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
+    # Models of the Hugging Face hub in and out; neither needs torch
+    "hf": ["safetensors>=0.5", "huggingface_hub>=0.30"],
+    # The EleutherAI harness; without its own models it needs no torch
+    "eval": ["lm_eval>=0.4.10"],
 }
-EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", *EXTRAS["data"], *EXTRAS["beam"]]
+# What imported models and the harness are compared with; torch is the one that this was tested with
+REFERENCES = ["torch==2.13.0", "transformers>=5", "accelerate>=1"]
+EXTRAS["test"] = [
+    *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", *REFERENCES),
+    *(package for name in ("data", "beam", "hf", "eval") for package in EXTRAS[name]),
+]
 EXTRAS["all"] = EXTRAS["test"]
 
 setup(

@@ -1,0 +1,156 @@
+"""`slm-assist evaluate`: tasks of the EleutherAI harness, or exact matches with given answers, on any model."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slm_assist.errors import UserError
+
+EXAMPLES = """Examples:
+  slm-assist evaluate runs/salt --tasks=hellaswag,lambada_openai --out=salt.json
+  slm-assist evaluate hf:EleutherAI/pythia-160m --tasks=paper28 --limit=200
+  slm-assist evaluate runs/sft --answers=jsonl:gsm8k/test.jsonl --match='#### (-?[0-9.,]+)'
+
+Tasks of your own are YAML files in the harness's form: --include=my_tasks --tasks=my_task. paper28 is what the harness
+has of the paper's 28 tasks. --mesh.data, --mesh.fsdp and --mesh.tensor lay a large model out over several devices."""
+MESH_KEYS = ("data", "fsdp", "tensor")
+
+
+def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds the parser, by `command` of cli.py."""
+    evaluate = command("evaluate", run, "evaluate a model with the EleutherAI harness, or against given answers", "")
+    evaluate.epilog = EXAMPLES
+    evaluate.add_argument("model", metavar="RUN_OR_HF", help="a run directory, or hf:PATH_OR_NAME")
+    evaluate.add_argument("--tasks", default="", help="tasks, tags, groups or task files, separated by commas; paper28")
+    evaluate.add_argument("--shots", type=_count, help="examples before each question; by default as the task says")
+    evaluate.add_argument("--limit", type=_count, default=0, help="only the first N questions of each task")
+    evaluate.add_argument("--step", type=_number, default=-1, help="a saved step of the run; by default the newest")
+    evaluate.add_argument("--max_length", type=_count, default=0, help="tokens read at most; by default as trained")
+    evaluate.add_argument("--rows", type=_count, default=16, help="rows in a batch, over all devices (16)")
+    evaluate.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="to compute in")
+    evaluate.add_argument("--bos", default="auto", choices=("auto", "yes", "no"), help="whether texts begin with BOS")
+    evaluate.add_argument("--include", default="", help="a directory of task files (YAML)")
+    evaluate.add_argument("--run_code", action="store_true", help="tasks such as mbpp may run code the model wrote")
+    evaluate.add_argument("--out", default="", help="write the results to this file, JSON")
+    evaluate.add_argument("--samples", default="", help="write every question and answer into this directory")
+    evaluate.add_argument("--answers", default="", help="questions with answers, as jsonl:test.jsonl, for exact match")
+    evaluate.add_argument("--match", default="", help="regular expression of what is compared in both answers")
+    evaluate.add_argument("--prompt", default="", help="template of a prompt; by default the run's data.prompt")
+    evaluate.add_argument("--answer", default="", help="template of an answer; by default the run's data.answer")
+    evaluate.add_argument("--max_tokens", type=_count, default=256, help="of a generated answer (256)")
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give a whole one") from None
+
+
+def _count(text: str) -> int:
+    number = _number(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative; give 0 or more")
+    return number
+
+
+def run(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    """Runs the command."""
+    mesh_sizes = _mesh_sizes(overrides)
+    if bool(options.tasks) == bool(options.answers):
+        raise UserError("what shall be evaluated? give --tasks=hellaswag (or paper28), or --answers=jsonl:FILE")
+    out = Path(options.out).expanduser() if options.out else None
+    if out:
+        if out.is_dir():
+            raise UserError(f"--out={out} is a directory; give a file, as results.json")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    if options.answers:
+        return _answers(options, mesh_sizes, out)
+    return _tasks(options, mesh_sizes, out)
+
+
+def _mesh_sizes(overrides: dict[str, str]) -> dict[str, int]:
+    sizes = {}
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        if section != "mesh" or name not in MESH_KEYS:
+            raise UserError(f"--{key} is not an option of evaluate; see slm-assist evaluate --help")
+        try:
+            sizes[name] = int(value)
+        except ValueError:
+            raise UserError(f"--{key}={value}: give a whole number of devices") from None
+    return sizes
+
+
+def _load(options: argparse.Namespace, mesh_sizes: dict[str, int]) -> Any:
+    from slm_assist import pretrained, sharding
+    from slm_assist.experiment import compute_dtype
+
+    mesh = sharding.make_mesh(**mesh_sizes)
+    dtype = compute_dtype(options.dtype, mesh.devices.flat[0])
+    return pretrained.load(options.model, step=options.step, dtype=dtype, mesh=mesh)
+
+
+def _tasks(options: argparse.Namespace, mesh_sizes: dict[str, int], out: Path | None) -> int:
+    from slm_assist.evals import evaluating
+
+    if options.include and not Path(options.include).expanduser().is_dir():
+        raise UserError(f"--include={options.include}: there is no such directory")
+    include = str(Path(options.include).expanduser()) if options.include else None
+    manager = evaluating.TaskManager(include_path=include)
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    chosen, left_out = evaluating.find(manager, names, options.shots, options.run_code)
+    for paper, reason in left_out.items():
+        print(f"paper28 without {paper}: {reason}")
+    bos = {"auto": None, "yes": True, "no": False}[options.bos]
+    lm = evaluating.SlmAssistLM(
+        _load(options, mesh_sizes), max_length=options.max_length, batch_size=options.rows or 16, add_bos_token=bos
+    )
+    evaluating.evaluate(
+        lm,
+        manager,
+        chosen,
+        left_out,
+        limit=options.limit,
+        run_code=options.run_code,
+        out=out,
+        samples=Path(options.samples).expanduser() if options.samples else None,
+    )
+    return 0
+
+
+def _answers(options: argparse.Namespace, mesh_sizes: dict[str, int], out: Path | None) -> int:
+    from slm_assist.evals.exact_match import run_exact_match
+
+    templates = {name: getattr(options, name) or _of_run(options.model, name) for name in ("prompt", "answer")}
+    loaded = _load(options, mesh_sizes)
+    run_exact_match(
+        loaded,
+        options.answers,
+        templates["prompt"],
+        templates["answer"],
+        options.match,
+        options.limit,
+        options.max_tokens,
+        out,
+    )
+    return 0
+
+
+def _of_run(model: str, name: str) -> str:
+    """The template that a run was fine-tuned with.
+
+    Raises:
+      UserError: the model is no run, or was not fine-tuned with templates.
+    """
+    from slm_assist.run_dir import RunDir
+
+    try:
+        template = json.loads(RunDir(model).config.read_text(encoding="utf-8"))["config"]["data"].get(name)
+    except (OSError, ValueError, KeyError, TypeError):
+        template = None
+    if not template:
+        raise UserError(f"--answers needs --{name}=TEMPLATE: {model} was not fine-tuned with data.{name}")
+    return template
