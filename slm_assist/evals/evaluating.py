@@ -14,14 +14,8 @@ import jax
 
 from slm_assist.errors import UserError, nearest
 from slm_assist.evals import paper_tasks
-from slm_assist.evals.harness import SlmAssistLM  # first: it says how to install the harness
+from slm_assist.evals.harness import SlmAssistLM, TaskManager, simple_evaluate
 from slm_assist.metrics import write_json
-
-os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork for its bootstrap, and JAX has threads
-
-# isort: split
-import lm_eval
-from lm_eval.tasks import TaskManager
 
 BOOTSTRAP = 1000  # resamplings for the standard error of what is not a mean
 PACKAGES = ("slm_assist", "lm_eval", "datasets", "jax", "flax", "tokenizers")
@@ -82,11 +76,11 @@ def _is_task_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml")) and Path(name).is_file()
 
 
-def load(manager: TaskManager, chosen: Chosen) -> list[Any]:
+def load(manager: TaskManager, chosen: Chosen, *, run_code: bool = False) -> list[Any]:
     """The harness's objects for one of the names, with their data.
 
     Raises:
-      UserError: the data cannot be had, or the task's file is not in order.
+      UserError: the data cannot be had, the task's file is not in order, or it runs code and may not.
     """
     try:
         found = manager.load([chosen.name])
@@ -95,10 +89,11 @@ def load(manager: TaskManager, chosen: Chosen) -> list[Any]:
             f"task {chosen.name}: it cannot be loaded ({_one_line(error)}); offline, name a task file on local data "
             "(dataset_path: json, dataset_kwargs: {data_files: {test: FILE}}) and its --include=DIRECTORY"
         ) from error
-    if chosen.shots is not None:
-        for task in found["tasks"].values():
-            if task.get_config("num_fewshot") != 0:  # a 0 in its file means that it takes none
-                task.set_config(key="num_fewshot", value=chosen.shots)
+    for name, task in found["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) and not run_code:
+            raise UserError(f"task {name}: it runs code that the model wrote; allow it with --run_code")
+        if chosen.shots is not None and task.get_config("num_fewshot") != 0:  # a 0 in its file: it takes none
+            task.set_config(key="num_fewshot", value=chosen.shots)
     if chosen.name in found.get("groups", {}):
         return [found["groups"][chosen.name]]
     return list(found["tasks"].values())
@@ -167,11 +162,12 @@ def evaluate(
 def _run(
     lm: SlmAssistLM, manager: TaskManager, entry: Chosen, limit: int, run_code: bool, samples: Path | None
 ) -> dict[str, Any]:
-    objects = load(manager, entry)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork for its bootstrap, and JAX has threads
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    objects = load(manager, entry, run_code=run_code)
     try:
-        results = lm_eval.simple_evaluate(
+        results = simple_evaluate(
             lm,
             tasks=objects,
             task_manager=manager,
@@ -182,19 +178,15 @@ def _run(
         )
     except UserError as error:
         raise UserError(f"task {entry.name}: {error}") from error
-    except Exception as error:
-        if entry.paper is None and not _is_refusal(error):
+    except Exception as error:  # of the task's own code: scorers are fetched from the hub only when they are used
+        if entry.paper is None:
             raise
-        raise UserError(f"task {entry.name}: {_one_line(error)}; allow code with --run_code") from error
+        raise UserError(f"task {entry.name}: {_one_line(error)}") from error
     for name, rows in results.pop("samples", {}).items() if samples else ():
         samples.mkdir(parents=True, exist_ok=True)
         with open(samples / f"{name}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, default=str, ensure_ascii=False) + "\n" for row in rows)
     return results
-
-
-def _is_refusal(error: Exception) -> bool:
-    return isinstance(error, ValueError) and "unsafe" in str(error)
 
 
 def _facts(lm: SlmAssistLM) -> dict[str, Any]:

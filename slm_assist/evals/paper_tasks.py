@@ -38,7 +38,7 @@ TASKS = (
     PaperTask("TyDiQA no-context (en)", "", note="the harness has TyDiQA's gold passage form only (tydiqa_goldp)"),
     PaperTask("WebQuestions", "webqs", "exact_match,none", note="an answer counts if greedy decoding gives it"),
     PaperTask("RACE-M", "", note="the harness has RACE's high-school half only (race)"),
-    PaperTask("RACE-H", "race", note="the example is another question of the test split, the only one there is"),
+    PaperTask("RACE-H", "race", note="its example too is from the test split, the only one there is"),
     PaperTask("SQuADv2", "squadv2", "best_exact,none", note="with the best threshold on P(unanswerable)", scale=0.01),
     PaperTask("TyDiQA gold passage (en)", "tydiqa_goldp_en", "exact_match,none"),
     PaperTask("ARC-E", "arc_easy"),
@@ -63,9 +63,7 @@ TASKS = (
     PaperTask("XLSum (en)", "", note="the harness has other languages only; it takes a task file with Rouge-2"),
     PaperTask("XSum", "", note="xsum needs the package unitxt, which has prompts and shots of its own"),
     PaperTask("WikiLingua (en)", "", note="the harness does not have it; it takes a task file with Rouge-2"),
-    PaperTask(
-        "LAMBADA", "lambada_openai", note="OpenAI's detokenised test split; the example is another passage of it"
-    ),
+    PaperTask("LAMBADA", "lambada_openai", note="OpenAI's detokenised test split, which the example is from too"),
     PaperTask("MBPP", "mbpp", "pass_at_1,none", shots=3, unsafe=True),
 )
 
