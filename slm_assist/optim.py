@@ -182,7 +182,7 @@ def scale_by_muon(
 
 def _matrix_dims(names: sharding.Axes) -> optax.contrib.MuonDimensionNumbers | None:
     """The dimensions on the two sides of a layer's matrix, in their order; None for what Muon leaves alone."""
-    if not is_matrix(names) or "vocab" in names:
+    if not is_matrix(names) or {"vocab", "positions"} & set(names):
         return None
     embed = tuple(dim for dim, name in enumerate(names) if name == "embed")
     others = tuple(dim for dim, name in enumerate(names) if name not in ("embed", "layers"))

@@ -231,7 +231,7 @@ def _transformer(
         name = attention.choose(name, mesh.devices.flat[0], shape, length, dtype)
     elif name != "xla":
         kernel, module = ("splash", splash) if devices.hardware.is_tpu else ("cudnn", cudnn)
-        refused = module.refusal(shape.head_dim, length, dtype)
+        refused = module.refusal(shape.head_dim, length, dtype, shape.attention_softcap)
         if devices.kind.startswith("a100") and shape.head_dim > 128:
             refused = f"on an A100 cuDNN takes head_dim up to 128, not {shape.head_dim}"
         if name not in ("auto", kernel):

@@ -37,6 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "head_dim": (),
     "layers": (),
+    "positions": (),
 }
 
 HELPER_RULES = dict.fromkeys(RULES, ()) | {"batch": MESH_AXES}

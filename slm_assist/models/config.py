@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from slm_assist.errors import UserError, nearest, one_of
+from slm_assist.models.rope import RopeScaling
 
-ACTIVATIONS = ("gelu", "relu", "silu")
+ACTIVATIONS = ("gelu", "gelu_exact", "relu", "silu")
 LAYER_KINDS = ("global", "local")
+NORMS = ("rms", "rms_offset", "layer")
+POSITIONS = ("rotary", "learned")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +26,10 @@ class ModelConfig:
       num_kv_heads: key and value heads, a divisor of `num_heads` (1: multi-query attention).
       head_dim: width of a head, even; `num_heads * head_dim` need not be `d_model`.
       gated_mlp: `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
-      activation: "gelu" (tanh approximation), "silu" or "relu".
+      activation: "gelu" (tanh approximation), "gelu_exact", "silu" or "relu".
       tie_embeddings: the output head is the transposed embedding.
       rope_theta: base of the rotary position embedding.
-      norm_eps: added to the mean square in RMSNorm.
+      norm_eps: added to the mean square in norms.
       logit_softcap: c in `c * tanh(logits / c)`, applied by the losses; 0 for none.
       logit_scale: factor on the logits before the cap, applied by the losses.
       embed_scale: multiply the embeddings by sqrt(d_model), so that beside what the layers add they count.
@@ -34,6 +37,18 @@ class ModelConfig:
       window: a "local" layer sees the tokens at a distance below `window`; 0 where there is no such layer.
       scan_layers: stack the parameters of equal layers and scan over them (compile time does not grow with
         the depth); False keeps them apart, which runs faster on CPUs.
+      norm: "rms" | "rms_offset" (what is stored is the scale less 1) | "layer" (with means and biases).
+      attention_bias: biases on queries, keys and values; `attention_out_bias`, `mlp_bias`: on the other matrices.
+      qk_norm: queries and keys are normalised head by head, before their rotation.
+      post_norms: what attention and MLP add to the stream is normalised.
+      parallel_residual: attention and MLP read the same stream, and not one after the other.
+      positions: "rotary" | "learned" (a table of `max_positions` vectors, added to the embeddings).
+      max_positions: the longest document with learned positions; 0 where they are rotary.
+      rotary_dim: dimensions of a head that rotate, the first ones; 0 for all.
+      rope_scaling: how rotary angles are stretched, None for not.
+      local_rope_theta: base for "local" layers, whose angles are not stretched; 0: as the others.
+      attention_scale: factor on the logits of attention; 0: 1 / sqrt(head_dim).
+      attention_softcap: c in c * tanh(logits / c) of attention; 0 for none.
     """
 
     vocab_size: int
@@ -54,22 +69,49 @@ class ModelConfig:
     pattern: tuple[str, ...] = ("global",)
     window: int = 0
     scan_layers: bool = True
+    norm: str = "rms"
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    parallel_residual: bool = False
+    positions: str = "rotary"
+    max_positions: int = 0
+    rotary_dim: int = 0
+    rope_scaling: RopeScaling | None = None
+    local_rope_theta: float = 0.0
+    attention_scale: float = 0.0
+    attention_softcap: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "pattern", _tuple(self.pattern))
+        object.__setattr__(self, "rope_scaling", RopeScaling.from_json(self.rope_scaling))
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), field.type)
         for name in ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)}: use a positive number")
         for name in ("rope_theta", "norm_eps", "logit_scale"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)}: use a positive number")
-        _require(self.logit_softcap >= 0, f"logit_softcap={self.logit_softcap}: use 0 (none) or more")
+        for name in ("logit_softcap", "attention_softcap", "attention_scale", "local_rope_theta", "rotary_dim"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: use 0 (none) or more")
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: use a divisor",
         )
         _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim}: rotary positions need an even number")
+        _require(
+            self.rotary_dim % 2 == 0 and self.rotary_dim <= self.head_dim,
+            f"rotary_dim={self.rotary_dim}: use an even number up to head_dim={self.head_dim}, or 0 for all of it",
+        )
         one_of("model.activation", self.activation, ACTIVATIONS)
+        one_of("model.norm", self.norm, NORMS)
+        one_of("model.positions", self.positions, POSITIONS)
+        _require(
+            (self.positions == "learned") == (self.max_positions > 0),
+            f"max_positions={self.max_positions} with positions={self.positions}: learned positions need their number, "
+            "rotary ones 0",
+        )
         _require(len(self.pattern) > 0, 'pattern is empty: name at least one layer kind, such as ("global",)')
         for kind in self.pattern:
             one_of("model.pattern", kind, LAYER_KINDS)

@@ -2,148 +2,25 @@
 
 import dataclasses
 import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from slm_assist.errors import UserError, one_of
-from slm_assist.models.attention import BACKENDS, attend
+from slm_assist.models import rope
+from slm_assist.models.attention import BACKENDS
 from slm_assist.models.config import ModelConfig
+from slm_assist.models.layers import Context, Layer, Norm, fan_in, named
 from slm_assist.sharding import constrain
 
 Params = dict[str, Any]
 
-ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
 REMAT = ("none", "full", "dots")
 
 # Logits at the start have about this standard deviation, so that the first loss is ln V + 0.03.
 INITIAL_LOGITS = 0.25
-
-
-class Context(NamedTuple):
-    """What every layer needs to know of the row beside the hidden states."""
-
-    sin_BxTxH: jax.Array
-    cos_BxTxH: jax.Array
-    segment_ids: jax.Array | None
-    prefix_mask: jax.Array | None
-
-
-def rope_tables(positions_BxT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """sin and cos [B, T, head_dim / 2] of the rotary angles (RoFormer, 2104.09864), float32."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle_BxTxH = positions_BxT[..., None].astype(jnp.float32) * frequency
-    return jnp.sin(angle_BxTxH), jnp.cos(angle_BxTxH)
-
-
-def rotate(x_BxTxNxH: jax.Array, context: Context) -> jax.Array:
-    """Rotates the pairs (i, i + H/2) of every head by the angles of its position."""
-    sin, cos = context.sin_BxTxH[:, :, None], context.cos_BxTxH[:, :, None]
-    first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BxTxNxH.dtype)
-
-
-def project(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
-    """Contracts the last `inputs` dimensions of x [B, T, ...] with the first ones of `kernel`.
-
-    As one matmul of two matrices: on CPUs the gradient of a batched one takes twice the time, because XLA
-    transposes an activation for it.
-    """
-    lead, features = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
-    rows = x.reshape(math.prod(lead), -1)
-    return (rows @ kernel.reshape(rows.shape[1], -1)).reshape(*lead, *features)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale, with float32 statistics (1910.07467)."""
-
-    eps: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x_BxTxD):
-        scale_D = self.param("scale", named(nn.initializers.ones, "embed"), (x_BxTxD.shape[-1],))
-        x_BxTxD = x_BxTxD.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x_BxTxD), axis=-1, keepdims=True) + self.eps)
-        return (x_BxTxD * inverse_rms * scale_D.astype(jnp.float32)).astype(self.dtype)
-
-
-class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions."""
-
-    config: ModelConfig
-    dtype: Any
-    backend: str
-    window: int
-
-    @nn.compact
-    def __call__(self, x_BxTxD, context: Context):
-        c = self.config
-
-        def heads(name, dim, count):
-            kernel_DxNxH = self.param(name, named(fan_in(1), "embed", dim, "head_dim"), (c.d_model, count, c.head_dim))
-            x_BxTxNxH = project(x_BxTxD, kernel_DxNxH.astype(self.dtype))
-            return constrain(x_BxTxNxH, "batch", "length", dim, "head_dim")
-
-        mixed_BxTxNxH = attend(
-            rotate(heads("query", "heads", c.num_heads), context),
-            rotate(heads("key", "kv_heads", c.num_kv_heads), context),
-            heads("value", "kv_heads", c.num_kv_heads),
-            segment_ids=context.segment_ids,
-            prefix_mask=context.prefix_mask,
-            window=self.window,
-            backend=self.backend,
-        )
-        mixed_BxTxNxH = constrain(mixed_BxTxNxH, "batch", "length", "heads", "head_dim")
-        write = named(fan_in(2, 1 / (2 * c.num_layers)), "heads", "head_dim", "embed")
-        out_NxHxD = self.param("out", write, (c.num_heads, c.head_dim, c.d_model))
-        return project(mixed_BxTxNxH, out_NxHxD.astype(self.dtype), inputs=2)
-
-
-class Mlp(nn.Module):
-    """down(act(up(x))), or gated: down(act(gate(x)) * up(x)) (2002.05202)."""
-
-    config: ModelConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x_BxTxD):
-        c = self.config
-
-        def widen(name):
-            kernel_DxF = self.param(name, named(fan_in(1), "embed", "mlp"), (c.d_model, c.d_ff))
-            return constrain(project(x_BxTxD, kernel_DxF.astype(self.dtype)), "batch", "length", "mlp")
-
-        activation = ACTIVATIONS[c.activation]
-        hidden_BxTxF = activation(widen("gate")) * widen("up") if c.gated_mlp else activation(widen("up"))
-        write = named(fan_in(1, 1 / (2 * c.num_layers)), "mlp", "embed")
-        down_FxD = self.param("down", write, (c.d_ff, c.d_model))
-        return project(hidden_BxTxF, down_FxD.astype(self.dtype))
-
-
-class Layer(nn.Module):
-    """Attention and MLP, each reading a normalised copy of the residual stream and adding to it."""
-
-    config: ModelConfig
-    dtype: Any
-    backend: str
-    kind: str
-
-    @nn.compact
-    def __call__(self, x_BxTxD, context: Context):
-        c = self.config
-        norm = functools.partial(RMSNorm, c.norm_eps, self.dtype)
-        window = c.window if self.kind == "local" else 0
-        y_BxTxD = norm(name="attention_norm")(x_BxTxD)
-        x_BxTxD += Attention(c, self.dtype, self.backend, window, name="attention")(y_BxTxD, context)
-        x_BxTxD = constrain(x_BxTxD, "batch", "length", "act_embed")
-        y_BxTxD = norm(name="mlp_norm")(x_BxTxD)
-        x_BxTxD += Mlp(c, self.dtype, name="mlp")(y_BxTxD)
-        return constrain(x_BxTxD, "batch", "length", "act_embed")
 
 
 class Group(nn.Module):
@@ -181,7 +58,7 @@ class Decoder(nn.Module):
     backend: str = "xla"
 
     @nn.compact
-    def __call__(self, tokens_BxT, segment_ids, positions_BxT, prefix_mask, taps):
+    def __call__(self, tokens_BxT, segment_ids, positions_BxT, prefix_mask, taps, start=None):
         c = self.config
         rows = nn.initializers.variance_scaling(INITIAL_LOGITS**2, "fan_in", "truncated_normal", in_axis=1, out_axis=0)
         embedding_VxD = self.param("embedding", named(rows, "vocab", "embed"), (c.vocab_size, c.d_model))
@@ -194,19 +71,30 @@ class Decoder(nn.Module):
         x_BxTxD = jnp.take(table_VxD, tokens_BxT, axis=0, mode="fill")
         if c.embed_scale:
             x_BxTxD *= jnp.asarray(c.d_model**0.5, self.dtype)
+        if c.positions == "learned":
+            table_PxD = self.param("positions", named(rows, "positions", "embed"), (c.max_positions, c.d_model))
+            x_BxTxD += jnp.take(table_PxD.astype(self.dtype), positions_BxT, axis=0, mode="fill")
         x_BxTxD = constrain(x_BxTxD, "batch", "length", "act_embed")
-        tables = rope_tables(positions_BxT, c.head_dim, c.rope_theta)
-        context = Context(*tables, segment_ids, prefix_mask)
+        context = Context(*self.rotary(positions_BxT), segment_ids, prefix_mask, start)
         layers = self.scanned if c.scan_layers else self.unrolled
         x_BxTxD, tapped = layers(x_BxTxD, context, taps)
-        return RMSNorm(c.norm_eps, self.dtype, name="final_norm")(x_BxTxD), tapped
+        return Norm(c, self.dtype, name="final_norm")(x_BxTxD), tapped
+
+    def rotary(self, positions_BxT):
+        """sin and cos for "global" and for "local" layers; None where positions are learnt."""
+        c = self.config
+        if c.positions == "learned":
+            return None, None
+        dim = c.rotary_dim or c.head_dim
+        table = rope.tables(positions_BxT, dim, c.rope_theta, c.rope_scaling)
+        return table, rope.tables(positions_BxT, dim, c.local_rope_theta) if c.local_rope_theta else table
 
     def scanned(self, x_BxTxD, context, taps):
         """All layers as a scan over groups of parameters stacked along "layers"."""
         c = self.config
         scan = nn.scan(
             Group,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "cache": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=c.num_groups,
@@ -226,26 +114,6 @@ class Decoder(nn.Module):
             if index in taps:
                 tapped[index] = x_BxTxD
         return x_BxTxD, tapped
-
-
-def named(init, *names: str):
-    """An initialiser whose parameter carries the `names` of its dimensions (`sharding.RULES`)."""
-    return nn.with_logical_partitioning(init, names)
-
-
-def fan_in(inputs: int, variance: float = 1.0):
-    """Truncated normal of variance `variance / fan_in`; the first `inputs` dimensions are the inputs."""
-
-    def init(key, shape, dtype=jnp.float32):
-        return nn.initializers.variance_scaling(
-            variance,
-            "fan_in",
-            "truncated_normal",
-            in_axis=tuple(range(inputs)),
-            out_axis=tuple(range(inputs, len(shape))),
-        )(key, shape, dtype)
-
-    return init
 
 
 def rematerialised(module: type[nn.Module], remat: str, *, in_scan: bool) -> type[nn.Module]:
@@ -307,7 +175,7 @@ class Transformer:
           params: as `init` returns them, in float32 or bfloat16.
           tokens: int32 [B, T].
           segment_ids: int32 [B, T], 0 for padding: a token attends only within its segment.
-          positions: int32 [B, T] for the rotary embedding, by default 0, 1, ... along the row.
+          positions: int32 [B, T], places in the document, by default 0, 1, ... along the row.
           prefix_mask: bool [B, T], tokens that see each other both ways within their segment.
           taps: layers, counted from 0, whose output (the residual stream, not normalised) is also wanted.
 
@@ -330,6 +198,42 @@ class Transformer:
             positions = jnp.arange(tokens.shape[1])[None]
         hidden, tapped = self.module.apply({"params": params}, tokens, segment_ids, positions, prefix_mask, tuple(taps))
         return (hidden, tapped) if taps else hidden
+
+    def init_cache(self, rows: int, slots: int) -> Params:
+        """Empty keys and values of `slots` tokens in each of `rows` rows, in the compute dtype, for `apply_cached`."""
+        c = self.config
+        shape = (rows, slots, c.num_kv_heads, c.head_dim)
+        stacked = (c.num_groups, *shape) if c.scan_layers else shape
+        layer = {"attention": {name: jnp.zeros(stacked, self.dtype) for name in ("key", "value")}}
+        if c.scan_layers:
+            return {"groups": {f"layer_{position}": layer for position in range(len(c.pattern))}}
+        return {f"layer_{index}": layer for index in range(c.num_layers)}
+
+    def apply_cached(
+        self,
+        params: Params,
+        cache: Params,
+        tokens: jax.Array,
+        *,
+        start: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+    ) -> tuple[jax.Array, Params]:
+        """`apply` of T tokens that follow those in the cache: (hidden [B, T, D], the cache with theirs).
+
+        Args:
+          cache: as `init_cache` or an earlier call gave it, of S slots.
+          tokens: int32 [B, T].
+          start: int32 [], the slot of the first of them, the same in all rows.
+          segment_ids: int32 [B, S], of all slots: a token sees those of its own segment up to its own slot. So prompts
+            of different lengths end at one slot, with another segment in front.
+          positions: int32 [B, T], places of these tokens in the document.
+        """
+        variables = {"params": params, "cache": cache}
+        (hidden, _), changed = self.module.apply(
+            variables, tokens, segment_ids, positions, None, (), start, mutable=["cache"]
+        )
+        return hidden, changed["cache"]
 
     def head(self, params: Params) -> jax.Array:
         """The output projection [d, V]; logits are softcap(logit_scale * hidden @ head)."""

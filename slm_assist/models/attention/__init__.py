@@ -8,6 +8,6 @@
 """
 
 from slm_assist.models.attention.dispatch import BACKENDS, attend, choose
-from slm_assist.models.attention.reference import mask_for
+from slm_assist.models.attention.reference import attend_cached, mask_for
 
-__all__ = ["BACKENDS", "attend", "choose", "mask_for"]
+__all__ = ["BACKENDS", "attend", "attend_cached", "choose", "mask_for"]

@@ -26,8 +26,10 @@ def attend(
     segment_ids: jax.Array | None = None,
     prefix_mask: jax.Array | None = None,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """`reference.attend` by cuDNN, on one device's arrays, where `refusal` has nothing against them."""
+    del softcap  # it is 0: others are refused
     options: dict[str, Any] = {"is_causal": prefix_mask is None}
     if segment_ids is None and prefix_mask is None:
         if window:  # counted as the keys before the query's own
@@ -41,8 +43,10 @@ def attend(
     )
 
 
-def refusal(head_dim: int, length: int, dtype: Any) -> str:
+def refusal(head_dim: int, length: int, dtype: Any, softcap: float = 0.0) -> str:
     """Why cuDNN does not take rows of `length` tokens with heads of `head_dim`, as a clause; empty if it does."""
+    if softcap:
+        return "it has no soft cap on its logits (model.attention_softcap)"
     if jnp.dtype(dtype) not in DTYPES:
         return f"it takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if head_dim % 8 or head_dim > 256:
@@ -52,11 +56,11 @@ def refusal(head_dim: int, length: int, dtype: Any) -> str:
     return ""
 
 
-def unavailable(device: jax.Device, head_dim: int, length: int, dtype: Any) -> str:
+def unavailable(device: jax.Device, head_dim: int, length: int, dtype: Any, softcap: float = 0.0) -> str:
     """Why cuDNN does not take such rows on `device`, as a clause; empty if it does."""
     if device.platform not in ("gpu", "cuda") or "rocm" in getattr(device.client, "platform_version", ""):
         return f"it needs an NVIDIA GPU, and the device is {device.device_kind}"
-    if reason := refusal(head_dim, length, dtype):
+    if reason := refusal(head_dim, length, dtype, softcap):
         return reason
     capability = float(getattr(device, "compute_capability", 0) or 0)
     if capability < 8:

@@ -1,5 +1,6 @@
 """Which backend computes attention, and how it runs on a mesh."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ def attend(
     segment_ids: jax.Array | None = None,
     prefix_mask: jax.Array | None = None,
     window: int = 0,
+    softcap: float = 0.0,
     backend: str = "xla",
 ) -> jax.Array:
     """Softmax attention, scaled by 1 / sqrt(H); `mask_for` says who sees whom.
@@ -38,18 +40,18 @@ def attend(
       segment_ids: int32 [B, T], or None where each row is one document.
       prefix_mask: bool [B, T], the tokens of a bidirectional prefix, or None.
       window: width of a sliding window; 0 for none.
+      softcap: c in c * tanh(logits / c); 0 for none.
       backend: one of `BACKENDS`, from `choose`. A kernel must be on a device that has it.
 
     Returns:
       [B, T, N, H] in the dtype of `value_BxTxKxH`.
     """
     length, head_dim = query_BxTxNxH.shape[1], query_BxTxNxH.shape[3]
-    if backend == "xla" or KERNELS[backend].refusal(head_dim, length, query_BxTxNxH.dtype):
-        return reference.attend(
-            query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, segment_ids=segment_ids, prefix_mask=prefix_mask, window=window
-        )
-    rows = {"segment_ids": segment_ids, "prefix_mask": prefix_mask}
-    return _per_shard(KERNELS[backend].attend, query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, rows, window)
+    rows, form = {"segment_ids": segment_ids, "prefix_mask": prefix_mask}, {"window": window, "softcap": softcap}
+    if backend == "xla" or KERNELS[backend].refusal(head_dim, length, query_BxTxNxH.dtype, softcap):
+        return reference.attend(query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, **rows, **form)
+    kernel = functools.partial(KERNELS[backend].attend, **form)
+    return _per_shard(kernel, query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, rows)
 
 
 def _per_shard(
@@ -58,12 +60,11 @@ def _per_shard(
     key_BxTxKxH: jax.Array,
     value_BxTxKxH: jax.Array,
     rows: dict[str, jax.Array | None],
-    window: int,
 ) -> jax.Array:
     """`kernel` on every device's rows and heads: XLA cannot split one, and would gather all of them."""
     mesh = sharding.ambient_mesh()
     if mesh is None or mesh.size == 1:
-        return kernel(query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, window=window, **rows)
+        return kernel(query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, **rows)
     query_spec = sharding.spec(("batch", "length", "heads", "head_dim"), query_BxTxNxH.shape, mesh)
     key_spec = sharding.spec(("batch", "length", "kv_heads", "head_dim"), key_BxTxKxH.shape, mesh)
     query_axes, key_axes = query_spec[2], key_spec[2]
@@ -73,7 +74,7 @@ def _per_shard(
         if query_axes != key_axes:  # too few key heads to split them: every device has all
             first = jax.lax.axis_index(query_axes) * query.shape[2]
             key, value = (_heads_read(x, first, query.shape[2], group) for x in (key, value))
-        return kernel(query, key, value, window=window, **rows)
+        return kernel(query, key, value, **rows)
 
     specs = (query_spec, key_spec, key_spec, P(query_spec[0]))
     spread = jax.shard_map(run, in_specs=specs, out_specs=query_spec, check_vma=False)
@@ -102,7 +103,7 @@ def choose(name: str, device: jax.Device, config: ModelConfig, seq_len: int, dty
     """
     one_of(KEY, name, ("auto", *BACKENDS))
     reasons = {
-        kernel: module.unavailable(device, config.head_dim, seq_len, dtype)
+        kernel: module.unavailable(device, config.head_dim, seq_len, dtype, config.attention_softcap)
         for kernel, module in KERNELS.items()
         if name in ("auto", kernel)
     }

@@ -54,6 +54,7 @@ def attend(
     segment_ids: jax.Array | None = None,
     prefix_mask: jax.Array | None = None,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """Softmax attention, scaled by 1 / sqrt(H); `mask_for` says who sees whom.
 
@@ -84,11 +85,52 @@ def attend(
             key_BxKxTxH[:, :, keys],
             preferred_element_type=jnp.float32,
         )
+        logits_BxKxTGxT = capped(logits_BxKxTGxT, softcap)
         seen_BxTGxT = jnp.repeat(seen_BxTxT, G, axis=1)
         weights_BxKxTGxT = masked_softmax(logits_BxKxTGxT, seen_BxTGxT[:, None]).astype(value_BxTxKxH.dtype)
         blocks.append(jnp.einsum("bkqs,bksh->bkqh", weights_BxKxTGxT, value_BxKxTxH[:, :, keys]))
     mixed_BxKxTxGxH = jnp.concatenate(blocks, axis=2).reshape(B, K, T, G, H)
     return mixed_BxKxTxGxH.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+
+
+def capped(logits: jax.Array, softcap: float) -> jax.Array:
+    """softcap * tanh(logits / softcap) (Gemma 2, 2408.00118); 0 for none."""
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
+
+
+def attend_cached(
+    query_BxTxNxH: jax.Array,
+    key_BxSxKxH: jax.Array,
+    value_BxSxKxH: jax.Array,
+    *,
+    start: jax.Array,
+    segment_ids: jax.Array,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """`attend` of T tokens that stand at the slots start, start + 1, ... among S slots of keys and values.
+
+    Args:
+      start: int32 [], the slot of the first token, the same in all rows.
+      segment_ids: int32 [B, S], of all slots: a token sees those of its segment, up to its own slot.
+
+    Returns:
+      [B, T, N, H] in the dtype of `value_BxSxKxH`.
+    """
+    B, T, N, H = query_BxTxNxH.shape
+    S, K = key_BxSxKxH.shape[1:3]
+    query = start + jnp.arange(T)[:, None]
+    key = jnp.arange(S)[None]
+    seen_TxS = key <= query
+    if window:
+        seen_TxS &= query - key < window
+    own_BxT = jax.lax.dynamic_slice_in_dim(segment_ids, start, T, axis=1)
+    seen_BxTxS = seen_TxS & (own_BxT[:, :, None] == segment_ids[:, None, :])
+    query_BxTxKxGxH = (query_BxTxNxH * H**-0.5).reshape(B, T, K, N // K, H)
+    logits_BxKxGxTxS = jnp.einsum("btkgh,bskh->bkgts", query_BxTxKxGxH, key_BxSxKxH, preferred_element_type=jnp.float32)
+    weights_BxKxGxTxS = masked_softmax(capped(logits_BxKxGxTxS, softcap), seen_BxTxS[:, None, None])
+    mixed_BxTxKxGxH = jnp.einsum("bkgts,bskh->btkgh", weights_BxKxGxTxS.astype(value_BxSxKxH.dtype), value_BxSxKxH)
+    return mixed_BxTxKxGxH.reshape(B, T, N, H)
 
 
 def visible(queries: slice, length: int, prefix: bool, window: int) -> slice:
