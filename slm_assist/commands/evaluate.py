@@ -122,9 +122,9 @@ def _tasks(options: argparse.Namespace, mesh_sizes: dict[str, int], out: Path | 
 
 
 def _answers(options: argparse.Namespace, mesh_sizes: dict[str, int], out: Path | None) -> int:
+    templates = {name: getattr(options, name) or _of_run(options.model, name) for name in ("prompt", "answer")}
     from slm_assist.evals.exact_match import run_exact_match
 
-    templates = {name: getattr(options, name) or _of_run(options.model, name) for name in ("prompt", "answer")}
     loaded = _load(options, mesh_sizes)
     run_exact_match(
         loaded,

@@ -85,7 +85,12 @@ class SlmAssistLM(TemplateLM):
             pretrained = pretrained_lib.load(pretrained, step=step, dtype=chosen, mesh=mesh, say=say)
         self.loaded = pretrained
         self.vocabulary: Vocabulary = pretrained.vocabulary
-        self.max_length = int(max_length) or context_length(pretrained.name)
+        most = pretrained.model.config.max_positions  # 0: rotary positions have no end
+        self.max_length = int(max_length) or min(length for length in (context_length(pretrained.name), most) if length)
+        if 0 < most < self.max_length:
+            raise UserError(
+                f"max_length={max_length}: {pretrained.name} has {most} learned positions; use at most that"
+            )
         rows = int(batch_size) if str(batch_size).isdecimal() else DEFAULT_ROWS
         self._continuations = Continuations(pretrained.model, pretrained.params, max_length=self.max_length, rows=rows)
         self._prefix = text_prefix(pretrained, add_bos_token)

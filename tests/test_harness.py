@@ -1,0 +1,353 @@
+"""The harness's own `hf` model and ours on the same weights, request by request; tasks from local files."""
+
+import functools
+import importlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from unittest import mock
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tokenizers
+import torch
+import transformers
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from slm_assist import pretrained, sharding
+from slm_assist.cli import main
+from slm_assist.data.tokenizers import Vocabulary
+from slm_assist.errors import UserError
+from slm_assist.evals import continuations, evaluating, paper_tasks
+from slm_assist.evals.harness import SlmAssistLM, context_length, text_prefix
+from slm_assist.models import ModelConfig, Transformer
+
+CONFIG = ModelConfig(
+    vocab_size=320,
+    num_layers=2,
+    d_model=32,
+    d_ff=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    activation="silu",
+    embed_scale=False,
+    tie_embeddings=False,
+    scan_layers=False,
+)
+TEXTS = ["The cat sat on the mat.", "the rain in Spain falls on the plain", "a small model helps a large model"]
+TASKS = {
+    "own_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "Q: {{question}}\nA:",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "num_fewshot": 1,
+        "fewshot_split": "test",
+    },
+    "own_perplexity": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{question}}",
+        "metric_list": [{"metric": m} for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+    },
+    "own_text": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["e", "\n"], "max_gen_toks": 6, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    """All tasks of the harness; reading their files takes seconds."""
+    return TaskManager()
+
+
+@pytest.fixture(scope="module")
+def reference() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    c = CONFIG
+    config = transformers.LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.d_model,
+        intermediate_size=c.d_ff,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta,
+        tie_word_embeddings=False,
+        initializer_range=0.4,
+        bos_token_id=0,
+        eos_token_id=1,
+        max_position_embeddings=4096,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def our_params(reference: transformers.PreTrainedModel) -> dict:
+    """The same weights under our names."""
+    weights = {name: np.asarray(x.detach()) for name, x in reference.state_dict().items()}
+    c = CONFIG
+    params = {
+        "embedding": weights["model.embed_tokens.weight"],
+        "head": weights["lm_head.weight"].T,
+        "final_norm": {"scale": weights["model.norm.weight"]},
+    }
+    for index in range(c.num_layers):
+
+        def kernel(name, shape, index=index):
+            return weights[f"model.layers.{index}.{name}.weight"].T.reshape(shape)
+
+        params[f"layer_{index}"] = {
+            "attention_norm": {"scale": weights[f"model.layers.{index}.input_layernorm.weight"]},
+            "mlp_norm": {"scale": weights[f"model.layers.{index}.post_attention_layernorm.weight"]},
+            "attention": {
+                "query": kernel("self_attn.q_proj", (c.d_model, c.num_heads, c.head_dim)),
+                "key": kernel("self_attn.k_proj", (c.d_model, c.num_kv_heads, c.head_dim)),
+                "value": kernel("self_attn.v_proj", (c.d_model, c.num_kv_heads, c.head_dim)),
+                "out": kernel("self_attn.o_proj", (c.num_heads, c.head_dim, c.d_model)),
+            },
+            "mlp": {
+                "gate": kernel("mlp.gate_proj", (c.d_model, c.d_ff)),
+                "up": kernel("mlp.up_proj", (c.d_model, c.d_ff)),
+                "down": kernel("mlp.down_proj", (c.d_ff, c.d_model)),
+            },
+        }
+    return params
+
+
+def make_tokenizer(bos: bool) -> tokenizers.Tokenizer:
+    """A byte-level BPE with <s> and </s>; with `bos`, texts begin with <s>."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=CONFIG.vocab_size,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    if bos:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+def make_loaded(reference, bos: bool, **mesh_sizes: int) -> pretrained.Loaded:
+    model = Transformer(CONFIG)
+    params = our_params(reference)
+    where = sharding.shardings(model.logical_axes(), model.shapes(), sharding.make_mesh(**(mesh_sizes or {"data": 1})))
+    vocabulary = Vocabulary(make_tokenizer(bos).to_str().encode(), "tokenizer.json")
+    return pretrained.Loaded(model, jax.tree.map(jax.device_put, params, where), vocabulary, "memory", 0)
+
+
+def make_hf(reference, bos: bool, max_length: int) -> HFLM:
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=make_tokenizer(bos), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    return HFLM(pretrained=reference, tokenizer=fast, max_length=max_length, batch_size=3)
+
+
+def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(kind, {}, args, i, ("t", i, 1)) for i, args in enumerate(arguments)]
+
+
+def requests(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """Contexts and continuations of every kind: none, cut off, with spaces, shared, and every token after one."""
+    pairs = [(text[:n], text[n:]) for text in TEXTS for n in range(1, len(text))]
+    pairs += [("", " the cat"), ("", "Zebra ü"), ("trailing  ", "spaces"), ("a b c " * 20, "d e f")]
+    pairs += [("The cat", " sat on the mat."), ("The cat sat", " on the mat."), ("<s>The", " cat"), ("ßx", "漢字")]
+    pairs += [("Is it? It is", vocabulary.decode([i])) for i in range(3, vocabulary.size)]
+    return [(a, b) for a, b in pairs if len(vocabulary.encode(a + b)) > len(vocabulary.encode(a))]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_log_likelihoods_are_those_of_hf(reference, bos):
+    hf, ours = make_hf(reference, bos, 24), SlmAssistLM(make_loaded(reference, bos), max_length=24, batch_size=5)
+    asked = instances("loglikelihood", requests(ours.vocabulary))
+    wanted, got = hf.loglikelihood(asked, disable_tqdm=True), ours.loglikelihood(asked, disable_tqdm=True)
+    np.testing.assert_allclose([p for p, _ in got], [p for p, _ in wanted], atol=1e-4)
+    assert [g for _, g in got] == [g for _, g in wanted]
+    assert 0 < sum(g for _, g in got) < 20
+    with pytest.raises(UserError, match="no tokens of its own: 't.' after 'The cat sat on the ma'"):
+        ours.loglikelihood(instances("loglikelihood", [("The cat sat on the ma", "t.")]), disable_tqdm=True)
+    assert len(asked) > 200 and ours.shapes == {(24, 8), (24, 24)}
+
+    texts = [("",), (TEXTS[0],), (" ".join(TEXTS) * 3,), ("<s>" + TEXTS[1],)]
+    asked = instances("loglikelihood_rolling", texts)
+    wanted = hf.loglikelihood_rolling(asked, disable_tqdm=True)
+    np.testing.assert_allclose(ours.loglikelihood_rolling(asked, disable_tqdm=True), wanted, rtol=1e-5)
+    assert wanted[0] == 0 or bos  # with BOS that token is predicted, as hf does
+
+
+def test_eight_devices_score_as_one_does(reference):
+    one = SlmAssistLM(make_loaded(reference, True), max_length=40, batch_size=13)
+    eight = SlmAssistLM(make_loaded(reference, True, data=2, fsdp=2, tensor=2), max_length=40, batch_size=13)
+    assert (one.batch_size, eight.batch_size) == (13, 16)
+    asked = instances("loglikelihood", requests(one.vocabulary))
+    a, b = (lm.loglikelihood(asked, disable_tqdm=True) for lm in (one, eight))
+    np.testing.assert_allclose([p for p, _ in a], [p for p, _ in b], atol=1e-4)
+    assert [g for _, g in a] == [g for _, g in b]
+    assert eight.shapes == {(40, 8), (40, 40)}
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_texts_are_those_of_hf(reference, bos):
+    hf, ours = make_hf(reference, bos, 40), SlmAssistLM(make_loaded(reference, bos), max_length=40, batch_size=4)
+    short = {"until": ["e", "\n"], "max_gen_toks": 12}
+    plain = {"until": "the", "max_new_tokens": 7, "do_sample": False, "temperature": 0.0, "num_beams": 1}
+    contexts = [*TEXTS, "x " * 60, "<s>a", "q"]
+    asked = instances("generate_until", [(text, kwargs) for text in contexts for kwargs in (short, plain)])
+    wanted = hf.generate_until(asked, disable_tqdm=True)
+    assert ours.generate_until(asked, disable_tqdm=True) == wanted
+    assert len(set(wanted)) > 4
+    for bad, said in [({"max_gen_toks": 40}, "max_length=40"), ({"num_beams": 4}, "num_beams=4")]:
+        with pytest.raises(UserError, match=said):
+            ours.generate_until(instances("generate_until", [("a", bad)]), disable_tqdm=True)
+
+
+def test_one_row_serves_all_answers_that_read_the_same(reference):
+    same = [([1, 2, 3], [answer]) for answer in range(8)]
+    (row,) = continuations.pack(same, 10)
+    assert row.tokens == (1, 2, 3) and row.slots == 8
+    assert len(continuations.pack(same + [([1, 2], [3, 9])], 10)) == 2  # no more than eight tokens a row
+    (cut,) = continuations.pack([(list(range(20)), [50, 51])], 10)
+    assert cut.tokens == (*range(11, 20), 50) and cut.answers[0].first == 8
+    with pytest.raises(UserError, match="max_length=3"):
+        continuations.pack([([1], [1, 2, 3, 4])], 3)
+    assert [continuations.padded_length(n, 300) for n in (1, 64, 65, 200, 300)] == [64, 64, 128, 256, 300]
+
+
+def write_run(reference, directory: Path) -> Path:
+    """What an evaluation reads of a run."""
+    loaded = make_loaded(reference, False)
+    directory.mkdir()
+    (directory / "model.json").write_text(json.dumps(CONFIG.to_json()))
+    loaded.vocabulary.save(directory / "tokenizer")
+    with ocp.CheckpointManager((directory / "checkpoints").absolute()) as manager:
+        manager.save(7, args=ocp.args.Composite(params=ocp.args.StandardSave(loaded.params)))
+    return directory
+
+
+def write_tasks(directory: Path) -> Path:
+    directory.mkdir()
+    rows = [{"question": text, "choices": [" a mat", " the plain", "x"], "answer": i} for i, text in enumerate(TEXTS)]
+    (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, task in TASKS.items():
+        files = {"test": str(directory / "data.jsonl")}
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": files},
+            "test_split": "test",
+        } | task
+        (directory / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
+    return directory
+
+
+def test_the_command_gives_the_figures_of_hf(reference, tmp_path, capsys):
+    run, include = write_run(reference, tmp_path / "run"), write_tasks(tmp_path / "tasks")
+    names = ["own_choice", "own_perplexity", "own_text"]
+    out = tmp_path / "new" / "results.json"
+    arguments = ["evaluate", str(run), f"--include={include}", "--max_length=64", "--rows=2", "--mesh.data=1"]
+    arguments += [f"--tasks={','.join(names)},own_*", f"--out={out}", f"--samples={tmp_path / 'samples'}"]
+    with mock.patch.object(evaluating, "TaskManager", functools.partial(TaskManager, include_defaults=False)):
+        assert main(arguments) == 0
+    report, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert (report["step"], report["model"], report["rows"], report["text_prefix"]) == (7, str(run), 2, [])
+    manager = TaskManager(include_path=str(include), include_defaults=False)
+    hf = make_hf(reference, False, 64)
+    wanted = simple_evaluate(hf, tasks=list(names), task_manager=manager, bootstrap_iters=0, log_samples=True)
+    for name in names:
+        assert report["tasks"][name]["shots"] == wanted["n-shot"][name]
+        figures = {key: value for key, value in wanted["results"][name].items() if "," in key and "_stderr" not in key}
+        for key, value in figures.items():
+            assert report["tasks"][name]["figures"][key] == pytest.approx(value, rel=1e-4)
+            shown = re.search(rf"{name} .* {key.partition(',')[0]} +(\S+)", printed)
+            assert float(shown[1]) == pytest.approx(value, abs=1e-4, rel=1e-4)
+        rows = [json.loads(line) for line in open(tmp_path / "samples" / f"{name}.jsonl", encoding="utf-8")]
+        assert [row["arguments"] for row in rows] == json.loads(
+            json.dumps([row["arguments"] for row in wanted["samples"][name]], default=str)
+        )
+    assert "64 tokens" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--tasks=hellaswog"], r"no such task \(did you mean hellaswag\?\)"),
+        (["--tasks=paper29"], "did you mean paper28"),
+        (["--tasks=arc_easy"], "arc_easy: it cannot be loaded .*dataset_path: json"),
+        (["--tasks=arc_easy", "--include=nowhere"], "no such directory"),
+        (["--tasks=arc_easy", "--step=3"], "step 3|3"),
+        (["--tasks=arc_easy", "--bos=yes", "--optimizer.b1=3"], "--optimizer.b1 is not an option of evaluate"),
+        ([], "give --tasks"),
+        (["--answers=jsonl:x"], "--answers needs --prompt"),
+    ],
+)
+def test_mistakes_are_one_line(reference, manager, tmp_path, capsys, arguments, said):
+    run = write_run(reference, tmp_path / "run")
+    with mock.patch.object(evaluating, "TaskManager", lambda include_path: manager):
+        assert main(["evaluate", str(run), *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("slm-assist: error: ") and re.search(said, error)
+
+
+def test_without_the_harness_a_line_says_how_to_install_it():
+    names = [name for name in sys.modules if name.partition(".")[0] == "lm_eval" or name.endswith("evals.harness")]
+    with mock.patch.dict(sys.modules, dict.fromkeys(names), clear=False):
+        del sys.modules["slm_assist.evals.harness"]
+        with pytest.raises(UserError, match=r"pip install 'slm_assist\[eval\]'"):
+            importlib.import_module("slm_assist.evals.harness")
+
+
+def test_the_papers_tasks_are_in_the_harness(manager):
+    chosen, left_out = paper_tasks.choose(manager.all_tasks, run_code=True)
+    assert len(chosen) + len(left_out) == len({task.paper for task in paper_tasks.TASKS}) == 28
+    lacking = {"TyDiQA no-context (en)", "RACE-M", "StoryCloze", "XLSum (en)", "XSum", "WikiLingua (en)"}
+    assert set(left_out) == lacking and all(left_out.values())
+    assert {task.task: task.shots for task in chosen if task.shots != 1} == {"mbpp": 3}
+    for task in chosen:
+        config = load_yaml(manager.task_index[task.task].yaml_path, resolve_func=False, recursive=True)
+        metrics = {str(entry["metric"]).rpartition(".")[2].strip("'\"") for entry in config.get("metric_list", [])}
+        filters = {entry["name"] for entry in config.get("filter_list", [{"name": "none"}])}
+        metric, _, filtered = task.metric.partition(",")
+        assert filtered in filters and (not metrics or metric in metrics | {"acc_norm"}), task
+    assert "MBPP" in paper_tasks.choose(manager.all_tasks, run_code=False)[1]
+    assert len(paper_tasks.choose([], run_code=True)[1]) == 28
+
+
+def test_prefixes_and_lengths(reference, tmp_path):
+    loaded = make_loaded(reference, False)
+    assert text_prefix(loaded) == [] and text_prefix(loaded, True) == [0]
+    assert text_prefix(make_loaded(reference, True)) == [0] and text_prefix(make_loaded(reference, True), False) == []
+    (tmp_path / "metrics.jsonl").write_text("")  # trained here: documents began with BOS
+    assert text_prefix(loaded._replace(name=str(tmp_path))) == [0]
+    for facts, length in [
+        ({"config": {"data": {"seq_len": 77}}}, 77),
+        ({"max_position_embeddings": 99}, 99),
+        ({"text_config": {"n_positions": 55}, "max_position_embeddings": 1}, 55),
+        ({}, 2048),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps(facts))
+        assert context_length(f"hf:{tmp_path}") == length
+    assert context_length("nowhere") == 2048
+    assert jnp.dtype(loaded.model.dtype) == jnp.float32
