@@ -36,7 +36,7 @@ EXTRAS = {
     # Models of the Hugging Face hub in and out; neither needs torch
     "hf": ["safetensors>=0.5", "huggingface_hub>=0.30"],
     # The EleutherAI harness; without its own models it needs no torch
-    "eval": ["lm_eval>=0.4.10"],
+    "eval": ["lm_eval>=0.4.12"],
 }
 # What imported models and the harness are compared with; torch is the one that this was tested with
 REFERENCES = ["torch==2.13.0", "transformers>=5", "accelerate>=1"]

@@ -13,13 +13,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
 import jax.numpy as jnp
+import lm_eval
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tokenizers
 import torch
 import transformers
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -75,12 +75,18 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def manager() -> TaskManager:
-    """All tasks of the harness; reading their files takes seconds."""
-    return TaskManager()
+    """Those tasks of the harness that may be named here; reading the files of all takes seconds."""
+    folders = (
+        "nq_open triviaqa webqs race squadv2 tydiqa arc hellaswag openbookqa piqa storycloze winogrande super_glue"
+    )
+    files = Path(lm_eval.tasks.__file__).parent
+    folders = [files / name for name in f"{folders} lambada mbpp unitxt".split()]
+    return TaskManager(include_path=folders, include_defaults=False)
 
 
 @pytest.fixture(scope="module")
 def reference() -> transformers.PreTrainedModel:
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     c = CONFIG
     config = transformers.LlamaConfig(
@@ -163,33 +169,37 @@ def make_hf(reference, bos: bool, max_length: int) -> HFLM:
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=make_tokenizer(bos), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
-    return HFLM(pretrained=reference, tokenizer=fast, max_length=max_length, batch_size=3)
+    # Its cache of logits scores the wrong tokens where one text is split at several places (0.4.13).
+    return HFLM(pretrained=reference, tokenizer=fast, max_length=max_length, batch_size=3, logits_cache=False)
 
 
 def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
     return [Instance(kind, {}, args, i, ("t", i, 1)) for i, args in enumerate(arguments)]
 
 
-def requests(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Contexts and continuations of every kind: none, cut off, with spaces, shared, and every token after one."""
+def requests(reference, vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """Contexts and continuations of every kind: none, cut off, with spaces, shared, the likeliest and many others."""
     pairs = [(text[:n], text[n:]) for text in TEXTS for n in range(1, len(text))]
     pairs += [("", " the cat"), ("", "Zebra ü"), ("trailing  ", "spaces"), ("a b c " * 20, "d e f")]
     pairs += [("The cat", " sat on the mat."), ("The cat sat", " on the mat."), ("<s>The", " cat"), ("ßx", "漢字")]
-    pairs += [("Is it? It is", vocabulary.decode([i])) for i in range(3, vocabulary.size)]
+    pairs += [("Is it? It is", vocabulary.decode([i])) for i in range(3, vocabulary.size, 9)]
+    for text in {text for text, _ in pairs if text}:
+        logits = reference(torch.tensor([[0, *vocabulary.encode(text)]])).logits[0, -1]
+        pairs.append((text, vocabulary.decode([int(logits.argmax())])))
     return [(a, b) for a, b in pairs if len(vocabulary.encode(a + b)) > len(vocabulary.encode(a))]
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_log_likelihoods_are_those_of_hf(reference, bos):
     hf, ours = make_hf(reference, bos, 24), SlmAssistLM(make_loaded(reference, bos), max_length=24, batch_size=5)
-    asked = instances("loglikelihood", requests(ours.vocabulary))
+    asked = instances("loglikelihood", requests(reference, ours.vocabulary))
     wanted, got = hf.loglikelihood(asked, disable_tqdm=True), ours.loglikelihood(asked, disable_tqdm=True)
     np.testing.assert_allclose([p for p, _ in got], [p for p, _ in wanted], atol=1e-4)
     assert [g for _, g in got] == [g for _, g in wanted]
-    assert 0 < sum(g for _, g in got) < 20
+    assert 2 < sum(g for _, g in got) < len(got) // 2
     with pytest.raises(UserError, match="no tokens of its own: 't.' after 'The cat sat on the ma'"):
         ours.loglikelihood(instances("loglikelihood", [("The cat sat on the ma", "t.")]), disable_tqdm=True)
-    assert len(asked) > 200 and ours.shapes == {(24, 8), (24, 24)}
+    assert len(asked) > 100 and ours.shapes == {(24, 8), (24, 24)}
 
     texts = [("",), (TEXTS[0],), (" ".join(TEXTS) * 3,), ("<s>" + TEXTS[1],)]
     asked = instances("loglikelihood_rolling", texts)
@@ -202,7 +212,7 @@ def test_eight_devices_score_as_one_does(reference):
     one = SlmAssistLM(make_loaded(reference, True), max_length=40, batch_size=13)
     eight = SlmAssistLM(make_loaded(reference, True, data=2, fsdp=2, tensor=2), max_length=40, batch_size=13)
     assert (one.batch_size, eight.batch_size) == (13, 16)
-    asked = instances("loglikelihood", requests(one.vocabulary))
+    asked = instances("loglikelihood", requests(reference, one.vocabulary))
     a, b = (lm.loglikelihood(asked, disable_tqdm=True) for lm in (one, eight))
     np.testing.assert_allclose([p for p, _ in a], [p for p, _ in b], atol=1e-4)
     assert [g for _, g in a] == [g for _, g in b]
@@ -214,12 +224,12 @@ def test_texts_are_those_of_hf(reference, bos):
     hf, ours = make_hf(reference, bos, 40), SlmAssistLM(make_loaded(reference, bos), max_length=40, batch_size=4)
     short = {"until": ["e", "\n"], "max_gen_toks": 12}
     plain = {"until": "the", "max_new_tokens": 7, "do_sample": False, "temperature": 0.0, "num_beams": 1}
-    contexts = [*TEXTS, "x " * 60, "<s>a", "q"]
+    contexts = [*TEXTS, "x " * 60, "q"]
     asked = instances("generate_until", [(text, kwargs) for text in contexts for kwargs in (short, plain)])
     wanted = hf.generate_until(asked, disable_tqdm=True)
     assert ours.generate_until(asked, disable_tqdm=True) == wanted
     assert len(set(wanted)) > 4
-    for bad, said in [({"max_gen_toks": 40}, "max_length=40"), ({"num_beams": 4}, "num_beams=4")]:
+    for bad, said in [({"max_gen_toks": 40}, "max_length=40"), ({"max_gen_toks": 4, "num_beams": 4}, "num_beams=4")]:
         with pytest.raises(UserError, match=said):
             ours.generate_until(instances("generate_until", [("a", bad)]), disable_tqdm=True)
 
@@ -275,7 +285,8 @@ def test_the_command_gives_the_figures_of_hf(reference, tmp_path, capsys):
     assert (report["step"], report["model"], report["rows"], report["text_prefix"]) == (7, str(run), 2, [])
     manager = TaskManager(include_path=str(include), include_defaults=False)
     hf = make_hf(reference, False, 64)
-    wanted = simple_evaluate(hf, tasks=list(names), task_manager=manager, bootstrap_iters=0, log_samples=True)
+    with mock.patch("lm_eval.evaluator.add_env_info"):  # it asks pip, which takes seconds
+        wanted = lm_eval.simple_evaluate(hf, tasks=list(names), task_manager=manager, bootstrap_iters=0)
     for name in names:
         assert report["tasks"][name]["shots"] == wanted["n-shot"][name]
         figures = {key: value for key, value in wanted["results"][name].items() if "," in key and "_stderr" not in key}
@@ -283,7 +294,8 @@ def test_the_command_gives_the_figures_of_hf(reference, tmp_path, capsys):
             assert report["tasks"][name]["figures"][key] == pytest.approx(value, rel=1e-4)
             shown = re.search(rf"{name} .* {key.partition(',')[0]} +(\S+)", printed)
             assert float(shown[1]) == pytest.approx(value, abs=1e-4, rel=1e-4)
-        rows = [json.loads(line) for line in open(tmp_path / "samples" / f"{name}.jsonl", encoding="utf-8")]
+        lines = (tmp_path / "samples" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
         assert [row["arguments"] for row in rows] == json.loads(
             json.dumps([row["arguments"] for row in wanted["samples"][name]], default=str)
         )

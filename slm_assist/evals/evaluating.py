@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from slm_assist.errors import UserError, nearest
 from slm_assist.evals import paper_tasks
-from slm_assist.evals.harness import SlmAssistLM, TaskManager, simple_evaluate
+from slm_assist.evals.harness import SlmAssistLM, TaskManager
+from slm_assist.evals.harness import evaluate as run_harness
 from slm_assist.metrics import write_json
 
+SEED = 1234  # of the examples, as in the harness's own command
 BOOTSTRAP = 1000  # resamplings for the standard error of what is not a mean
 PACKAGES = ("slm_assist", "lm_eval", "datasets", "jax", "flax", "tokenizers")
 
@@ -76,8 +80,8 @@ def _is_task_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml")) and Path(name).is_file()
 
 
-def load(manager: TaskManager, chosen: Chosen, *, run_code: bool = False) -> list[Any]:
-    """The harness's objects for one of the names, with their data.
+def load(manager: TaskManager, chosen: Chosen, *, run_code: bool = False) -> dict[str, Any]:
+    """The harness's tasks and groups for one of the names, with their data.
 
     Raises:
       UserError: the data cannot be had, the task's file is not in order, or it runs code and may not.
@@ -92,11 +96,11 @@ def load(manager: TaskManager, chosen: Chosen, *, run_code: bool = False) -> lis
     for name, task in found["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) and not run_code:
             raise UserError(f"task {name}: it runs code that the model wrote; allow it with --run_code")
-        if chosen.shots is not None and task.get_config("num_fewshot") != 0:  # a 0 in its file: it takes none
-            task.set_config(key="num_fewshot", value=chosen.shots)
-    if chosen.name in found.get("groups", {}):
-        return [found["groups"][chosen.name]]
-    return list(found["tasks"].values())
+        said = task.get_config("num_fewshot")
+        if said is None or (chosen.shots is not None and said != 0):  # a 0 in its file: it takes none
+            task.set_config(key="num_fewshot", value=chosen.shots or 0)
+        task.set_fewshot_seed(seed=SEED)
+    return found
 
 
 def _one_line(error: Exception) -> str:
@@ -165,15 +169,17 @@ def _run(
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork for its bootstrap, and JAX has threads
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    objects = load(manager, entry, run_code=run_code)
+    found = load(manager, entry, run_code=run_code)
+    random.seed(0)  # some tasks shuffle answers
+    np.random.seed(SEED)
     try:
-        results = simple_evaluate(
-            lm,
-            tasks=objects,
-            task_manager=manager,
+        results = run_harness(
+            lm=lm,
+            task_dict=found,
             limit=limit or None,
             bootstrap_iters=BOOTSTRAP,
             log_samples=samples is not None,
+            fewshot_as_multiturn=True,
             confirm_run_unsafe_code=run_code,
         )
     except UserError as error:

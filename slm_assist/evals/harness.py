@@ -28,16 +28,16 @@ from slm_assist.pretrained import Loaded
 from slm_assist.run_dir import RunDir
 
 try:
-    from lm_eval import simple_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise UserError(f"evaluating needs the EleutherAI harness ({error}): pip install 'slm_assist[eval]'") from error
 
-__all__ = ["SlmAssistLM", "TaskManager", "context_length", "simple_evaluate", "text_prefix"]
+__all__ = ["SlmAssistLM", "TaskManager", "context_length", "evaluate", "text_prefix"]
 
 DEFAULT_LENGTH = 2048  # where nothing says what a model takes, as in the harness
 DEFAULT_ROWS = 16
