@@ -39,7 +39,7 @@ class HuggingFaceModel:
             raise UserError(f"{name}: reading a tokenizer.json needs tokenizers: pip install tokenizers") from error
         self.model = model
         try:
-            self._json = _without_chance(json.loads(model))
+            self._json = without_chance(json.loads(model))
             self._tokenizer = Tokenizer.from_str(json.dumps(self._json))
             ids = self._tokenizer.get_vocab(with_added_tokens=True)
             if not ids:
@@ -123,7 +123,7 @@ def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [decoder]
 
 
-def _without_chance(tokenizer: dict[str, Any]) -> dict[str, Any]:
+def without_chance(tokenizer: dict[str, Any]) -> dict[str, Any]:
     """The file's contents without truncation, padding and BPE dropout."""
     model = tokenizer["model"] | {"dropout": None} if "dropout" in tokenizer["model"] else tokenizer["model"]
     return tokenizer | {"model": model, "truncation": None, "padding": None}

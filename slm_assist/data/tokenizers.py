@@ -50,6 +50,7 @@ class Vocabulary:
         self.model = model
         self.bos_id, self.eos_id = self._inside.bos_id, self._inside.eos_id
         self.unk_id, self.pad_id = self._inside.unk_id, self._inside.pad_id
+        self._ends: dict[str, int | None] = {}
         self._set_sentinels(0, descending=False)
 
     def _set_sentinels(self, n: int, descending: bool) -> None:
@@ -58,9 +59,12 @@ class Vocabulary:
         self.size = base + n
         self.sentinel_ids = ids[::-1] if descending else ids
         self._sentinels = {"sentinels": n, "descending": descending} if n else {}
+        self._set_fingerprint()
+
+    def _set_fingerprint(self) -> None:
         self.fingerprint = self._inside.fingerprint
-        if n:  # without sentinels it is what it was before there were any
-            said = f"{self.fingerprint} {json.dumps(self._sentinels, sort_keys=True)}"
+        if self._sentinels or self._ends:  # with neither it is what it was before there were any
+            said = f"{self.fingerprint} {json.dumps(self._sentinels | self._ends, sort_keys=True)}"
             self.fingerprint = hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
     def with_sentinels(self, n: int, *, descending: bool = False) -> "Vocabulary":
@@ -80,6 +84,28 @@ class Vocabulary:
         other.__dict__.pop("token_bytes", None)
         other._set_sentinels(n, descending and n > 0)
         return other
+
+    def with_ends(self, bos_id: int | None, eos_id: int | None) -> "Vocabulary":
+        """This vocabulary with these ids for BOS and EOS, None for none, whatever its file calls them.
+
+        Raises:
+          UserError: there is no such id.
+        """
+        for key, i in (("bos_id", bos_id), ("eos_id", eos_id)):
+            if i is not None and not 0 <= i < self._inside.size:
+                raise UserError(f"{key}={i}: the vocabulary has the ids 0 to {self._inside.size - 1}")
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.bos_id, other.eos_id = bos_id, eos_id
+        own = (bos_id, eos_id) == (self._inside.bos_id, self._inside.eos_id)
+        other._ends = {} if own else {"bos_id": bos_id, "eos_id": eos_id}
+        other._set_fingerprint()
+        return other
+
+    @property
+    def file_name(self) -> str:
+        """What `save` calls the file: tokenizer.model (SentencePiece) or tokenizer.json."""
+        return self._inside.file_name
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
@@ -103,11 +129,11 @@ class Vocabulary:
         return self._inside.pieces() + [names[i] for i in sorted(names)]
 
     def save(self, directory: str | Path) -> None:
-        """Writes the model and its fingerprint, with its sentinels, into `directory`, made if missing."""
+        """Writes the model and its fingerprint, with its sentinels and ends, into `directory`, made if missing."""
         directory = _path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        facts = {"fingerprint": self.fingerprint} | self._sentinels
-        _write(directory / self._inside.file_name, self.model)
+        facts = {"fingerprint": self.fingerprint} | self._sentinels | self._ends
+        _write(directory / self.file_name, self.model)
         _write(directory / FINGERPRINT_FILE, (json.dumps(facts) + "\n").encode())
 
     @classmethod
@@ -141,7 +167,8 @@ class Vocabulary:
         n = facts.get("sentinels", 0)
         if not isinstance(n, int) or n < 0:
             raise TypeError
-        return self.with_sentinels(n, descending=facts.get("descending", False)) if n else self
+        other = self.with_sentinels(n, descending=facts.get("descending", False)) if n else self
+        return other.with_ends(facts["bos_id"], facts["eos_id"]) if "bos_id" in facts else other
 
 
 def _path(path: str | Path) -> Any:
