@@ -56,7 +56,7 @@ class SlmAssistLM(TemplateLM):
       max_length: tokens that the model reads at most; 0: what it was trained with, as far as that is known.
       batch_size: rows in a batch, over all devices.
       add_bos_token: whether texts begin with BOS; None: as the model was trained (`text_prefix`).
-      prefix_token_id: stands before a text without a context; None: BOS, or EOS where there is none.
+      prefix_token_id: stands before a text without a context; None: BOS, or else EOS, as the model's folder names them.
       max_batch_size, device: what the harness passes to every model; not used.
 
     Raises:
@@ -94,9 +94,10 @@ class SlmAssistLM(TemplateLM):
         rows = int(batch_size) if str(batch_size).isdecimal() else DEFAULT_ROWS
         self._continuations = Continuations(pretrained.model, pretrained.params, max_length=self.max_length, rows=rows)
         self._prefix = text_prefix(pretrained, add_bos_token)
-        candidates = (prefix_token_id, *self._prefix, self.vocabulary.bos_id, self.vocabulary.eos_id)
-        self._prefix_token = next((i for i in candidates if i is not None), None)
         pieces = self.vocabulary.pieces()
+        said = [pieces.index(name) for name in _ends(pretrained.name) if name in pieces]
+        candidates = (prefix_token_id, *said, *self._prefix, self.vocabulary.bos_id, self.vocabulary.eos_id)
+        self._prefix_token = next((i for i in candidates if i is not None), None)
         self._prefix_text = None if self._prefix_token is None else pieces[self._prefix_token]
         self._eos_text = None if self.eot_token_id is None else pieces[self.eot_token_id]
         self._generator: Any = None
@@ -277,19 +278,25 @@ def text_prefix(loaded: Loaded, bos: bool | None = None) -> list[int]:
     if bos is False:
         return []
     if bos is None and not RunDir(loaded.name).metrics.is_file():
-        own = _framing(loaded.vocabulary, own)
+        own = _framing(loaded, own)
     if bos and not own:
         raise UserError(f"{loaded.name}: texts cannot begin with BOS (--bos=yes), its vocabulary has none")
     return own
 
 
-def _framing(vocabulary: Vocabulary, otherwise: list[int]) -> list[int]:
-    """What a tokenizer.json puts before a text; `otherwise` for vocabularies that are none."""
-    if vocabulary.model.lstrip()[:1] != b"{":
+def _folder(name: str) -> Path:
+    """Where the files of a model lie that is a run or a Hugging Face folder."""
+    return Path(name.removeprefix("hf:")).expanduser()
+
+
+def _framing(loaded: Loaded, otherwise: list[int]) -> list[int]:
+    """What the model's tokenizer.json puts before a text; `otherwise` where there is none."""
+    file = _folder(loaded.name) / "tokenizer.json"  # an exported one says more than the vocabulary that it was made of
+    if not file.is_file() and loaded.vocabulary.file_name != file.name:
         return otherwise
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(vocabulary.model.decode())
+    tokenizer = Tokenizer.from_str(file.read_text("utf-8") if file.is_file() else loaded.vocabulary.model.decode())
     tokenizer.no_padding()
     tokenizer.no_truncation()
     framed = tokenizer.encode("a")
@@ -297,13 +304,26 @@ def _framing(vocabulary: Vocabulary, otherwise: list[int]) -> list[int]:
     return [i for i, _ in added]
 
 
+def _ends(name: str) -> list[str]:
+    """BOS and EOS as a Hugging Face folder calls them, those that it has."""
+    facts = _read_json(_folder(name) / "tokenizer_config.json")
+    tokens = (facts.get(key) for key in ("bos_token", "eos_token"))
+    contents = (token.get("content") if isinstance(token, dict) else token for token in tokens)
+    return [content for content in contents if content]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A file's contents, empty where it cannot be read."""
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return contents if isinstance(contents, dict) else {}
+
+
 def context_length(name: str) -> int:
     """The tokens that a model was trained to read: `data.seq_len` of a run, or what a model's config.json says."""
-    file = Path(name.removeprefix("hf:")).expanduser() / "config.json"
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return DEFAULT_LENGTH
+    facts = _read_json(_folder(name) / "config.json")
     if "config" in facts:
         return facts["config"].get("data", {}).get("seq_len") or DEFAULT_LENGTH
     facts = facts.get("text_config") or facts
