@@ -35,8 +35,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     # Models of the Hugging Face hub in and out; neither needs torch
     "hf": ["safetensors>=0.5", "huggingface_hub>=0.30"],
-    # The EleutherAI harness; without its own models it needs no torch
-    "eval": ["lm_eval>=0.4.12"],
+    # The EleutherAI harness, the first with TyDiQA; without its own models it needs no torch
+    "eval": ["lm_eval>=0.4.13"],
 }
 # What imported models and the harness are compared with; torch is the one that this was tested with
 REFERENCES = ["torch==2.13.0", "transformers>=5", "accelerate>=1"]

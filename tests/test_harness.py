@@ -302,6 +302,35 @@ def test_the_command_gives_the_figures_of_hf(reference, tmp_path, capsys):
     assert "64 tokens" in printed
 
 
+def test_the_papers_group_is_what_can_be_run(reference, tmp_path, capsys):
+    run, include = write_run(reference, tmp_path / "run"), write_tasks(tmp_path / "tasks")
+    broken = json.loads((include / "own_text.yaml").read_text()) | {"task": "own_broken", "dataset_path": "no/where"}
+    (include / "own_broken.yaml").write_text(json.dumps(broken))
+    task = paper_tasks.PaperTask
+    tasks = (
+        task("A", "own_choice", "acc_norm,none", shots=2, scale=0.5),
+        task("B", "own_text", "exact_match,none", shots=0),
+        task("C", "own_broken"),
+        task("D", "unheard_of"),
+        task("E", "", note="there is none"),
+        task("F", "own_perplexity", unsafe=True),
+    )
+    arguments = ["evaluate", str(run), f"--include={include}", "--max_length=64", "--mesh.data=1", "--tasks=paper28"]
+    with (
+        mock.patch.object(paper_tasks, "TASKS", tasks),
+        mock.patch.object(evaluating, "TaskManager", functools.partial(TaskManager, include_defaults=False)),
+    ):
+        assert main([*arguments, "--limit=2", f"--out={tmp_path / 'o.json'}"]) == 0
+    report, printed = json.loads((tmp_path / "o.json").read_text()), capsys.readouterr().out
+    group, done = report["paper28"], report["tasks"]
+    assert {name: task["shots"] for name, task in done.items()} == {"own_choice": 2, "own_text": 0}
+    assert {task["samples"] for task in done.values()} == {2}
+    a, b = done["own_choice"]["figures"]["acc_norm,none"] / 2, done["own_text"]["figures"]["exact_match,none"]
+    assert group["of"] == {"A": a, "B": b} and group["mean"] == (a + b) / 2
+    assert set(group["without"]) == set("CDEF") and "cannot be loaded" in group["without"]["C"]
+    assert "paper28 without F: own_perplexity runs code" in printed and "mean of 2 of its 6 tasks" in printed
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

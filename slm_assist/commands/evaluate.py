@@ -2,6 +2,10 @@
 
 import argparse
 import json
+import os
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,22 +28,40 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate.epilog = EXAMPLES
     evaluate.add_argument("model", metavar="RUN_OR_HF", help="a run directory, or hf:PATH_OR_NAME")
     evaluate.add_argument("--tasks", default="", help="tasks, tags, groups or task files, separated by commas; paper28")
-    evaluate.add_argument("--shots", type=_count, help="examples before each question; by default as the task says")
-    evaluate.add_argument("--limit", type=_count, default=0, help="only the first N questions of each task")
-    evaluate.add_argument("--step", type=_number, default=-1, help="a saved step of the run; by default the newest")
-    evaluate.add_argument("--max_length", type=_count, default=0, help="tokens read at most; by default as trained")
-    evaluate.add_argument("--rows", type=_count, default=16, help="rows in a batch, over all devices (16)")
+    evaluate.add_argument(
+        "--shots", metavar="N", type=_count, help="examples before each question; by default as the task says"
+    )
+    evaluate.add_argument(
+        "--limit", metavar="N", type=_count, default=0, help="only the first N questions of each task"
+    )
+    evaluate.add_argument(
+        "--step", metavar="N", type=_number, default=-1, help="a saved step of the run; by default the newest"
+    )
+    evaluate.add_argument(
+        "--max_length", metavar="N", type=_count, default=0, help="tokens read at most; by default as trained"
+    )
+    evaluate.add_argument("--rows", metavar="N", type=_count, default=16, help="rows in a batch, over all devices (16)")
     evaluate.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="to compute in")
     evaluate.add_argument("--bos", default="auto", choices=("auto", "yes", "no"), help="whether texts begin with BOS")
-    evaluate.add_argument("--include", default="", help="a directory of task files (YAML)")
+    evaluate.add_argument("--include", metavar="DIR", default="", help="a directory of task files (YAML)")
     evaluate.add_argument("--run_code", action="store_true", help="tasks such as mbpp may run code the model wrote")
-    evaluate.add_argument("--out", default="", help="write the results to this file, JSON")
-    evaluate.add_argument("--samples", default="", help="write every question and answer into this directory")
-    evaluate.add_argument("--answers", default="", help="questions with answers, as jsonl:test.jsonl, for exact match")
-    evaluate.add_argument("--match", default="", help="regular expression of what is compared in both answers")
-    evaluate.add_argument("--prompt", default="", help="template of a prompt; by default the run's data.prompt")
-    evaluate.add_argument("--answer", default="", help="template of an answer; by default the run's data.answer")
-    evaluate.add_argument("--max_tokens", type=_count, default=256, help="of a generated answer (256)")
+    evaluate.add_argument("--out", metavar="FILE", default="", help="write the results to this file, JSON")
+    evaluate.add_argument(
+        "--samples", metavar="DIR", default="", help="write every question and answer into this directory"
+    )
+    evaluate.add_argument(
+        "--answers", metavar="SOURCE", default="", help="questions with answers, as jsonl:test.jsonl, for exact match"
+    )
+    evaluate.add_argument(
+        "--match", metavar="REGEX", default="", help="regular expression of what is compared in both answers"
+    )
+    evaluate.add_argument(
+        "--prompt", metavar="TEMPLATE", default="", help="template of a prompt; by default the run's data.prompt"
+    )
+    evaluate.add_argument(
+        "--answer", metavar="TEMPLATE", default="", help="template of an answer; by default the run's data.answer"
+    )
+    evaluate.add_argument("--max_tokens", metavar="N", type=_count, default=256, help="of a generated answer (256)")
 
 
 def _number(text: str) -> int:
@@ -66,6 +88,8 @@ def run(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         if out.is_dir():
             raise UserError(f"--out={out} is a directory; give a file, as results.json")
         out.parent.mkdir(parents=True, exist_ok=True)
+    if options.include and not Path(options.include).expanduser().is_dir():
+        raise UserError(f"--include={options.include}: there is no such directory")
     if options.answers:
         return _answers(options, mesh_sizes, out)
     return _tasks(options, mesh_sizes, out)
@@ -93,11 +117,28 @@ def _load(options: argparse.Namespace, mesh_sizes: dict[str, int]) -> Any:
     return pretrained.load(options.model, step=options.step, dtype=dtype, mesh=mesh)
 
 
+def _offline_if_alone() -> None:
+    """Without a network the hub's packages try each data set for half a minute, unless they are told not to.
+
+    They read the variable when they are imported, so this comes first.
+    """
+    if "HF_HUB_OFFLINE" in os.environ:
+        return
+    try:
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # somebody answers
+    except OSError as error:
+        if isinstance(getattr(error, "reason", error), ssl.SSLError):
+            return  # these packages may know a certificate that this did not
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        print("The Hugging Face hub cannot be reached: only data that are on this machine are used.")
+
+
 def _tasks(options: argparse.Namespace, mesh_sizes: dict[str, int], out: Path | None) -> int:
+    _offline_if_alone()
     from slm_assist.evals import evaluating
 
-    if options.include and not Path(options.include).expanduser().is_dir():
-        raise UserError(f"--include={options.include}: there is no such directory")
     include = str(Path(options.include).expanduser()) if options.include else None
     manager = evaluating.TaskManager(include_path=include)
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]

@@ -22,6 +22,10 @@ from slm_assist.metrics import write_json
 
 SEED = 1234  # of the examples, as in the harness's own command
 BOOTSTRAP = 1000  # resamplings for the standard error of what is not a mean
+LOCAL = (
+    "offline, name a task file on local data (dataset_path: json, dataset_kwargs: {data_files: {test: FILE}}) and its "
+    "--include=DIRECTORY"
+)
 PACKAGES = ("slm_assist", "lm_eval", "datasets", "jax", "flax", "tokenizers")
 
 
@@ -89,10 +93,8 @@ def load(manager: TaskManager, chosen: Chosen, *, run_code: bool = False) -> dic
     try:
         found = manager.load([chosen.name])
     except Exception as error:  # whatever the task's own code and the data set's builder raise
-        raise UserError(
-            f"task {chosen.name}: it cannot be loaded ({_one_line(error)}); offline, name a task file on local data "
-            "(dataset_path: json, dataset_kwargs: {data_files: {test: FILE}}) and its --include=DIRECTORY"
-        ) from error
+        cure = LOCAL if isinstance(error, OSError) else "see its file in the harness for what it needs"
+        raise UserError(f"task {chosen.name}: it cannot be loaded ({_one_line(error)}); {cure}") from error
     for name, task in found["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) and not run_code:
             raise UserError(f"task {name}: it runs code that the model wrote; allow it with --run_code")
@@ -143,23 +145,30 @@ def evaluate(
             if entry.paper is None:
                 raise
             missing[entry.paper.paper] = str(error)
-            say(f"{entry.name}: left out: {error}")
+            say(f"{error}; left out")
             continue
         report["tasks"] |= _tasks(results)
         for figure in _figures(results):
             say(_line(figure))
         if entry.paper:
-            value = results["results"][entry.name][entry.paper.metric]
-            figures[entry.paper.paper] = entry.paper.scale * float(value)
+            value = results["results"][entry.name].get(entry.paper.metric)
+            if isinstance(value, int | float):
+                figures[entry.paper.paper] = entry.paper.scale * float(value)
+            else:
+                missing[entry.paper.paper] = f"{entry.name} gave no {entry.paper.metric}"
         report |= {"seconds": time.time() - started, "compiled_shapes": sorted(lm.shapes)}
-        if figures or missing:
-            report[paper_tasks.GROUP] = {"mean": paper_tasks.mean(figures.values()), "of": figures, "without": missing}
+        if figures:
+            report[paper_tasks.GROUP] = {"mean": paper_tasks.mean(figures), "of": figures, "without": missing}
         if out:
             write_json(out, _plain(report))
+    if not report["tasks"]:
+        raise UserError("none of the tasks can be run; see above what each of them lacks")
+    if out:
+        write_json(out, _plain(report))
     say(f"log-likelihoods took {len(lm.shapes)} compiled shapes: {_shapes(lm.shapes)}")
     if figures:
-        mean = paper_tasks.mean(figures.values())
-        say(f"{paper_tasks.GROUP}: mean of {len(figures)} of its {len(paper_tasks.TASKS)} tasks: {mean:.4f}")
+        count, mean = len(figures), paper_tasks.mean(figures)
+        say(f"{paper_tasks.GROUP}: mean of {count} of its {len(paper_tasks.TASKS)} tasks: {mean:.4f}")
     return _plain(report)
 
 
