@@ -8,7 +8,7 @@ import optax
 
 from slm_assist import config_rules, optim
 from slm_assist.assist import representations
-from slm_assist.assist.helpers import Helper, open_run
+from slm_assist.assist.helpers import Helper, open_model
 from slm_assist.assist.representations import Align, Map
 from slm_assist.assist.schedule import AssistSchedule, assist_schedule
 from slm_assist.assist.stages import Stage
@@ -31,8 +31,7 @@ def guide_width(config: ml_collections.ConfigDict, run: RunDir) -> int:
     for known in (run, RunDir(config.branch.run)) if config.branch.run else (run,):
         if known.config.is_file() and (fact := known.read(known.config)["facts"]["helpers"].get("guide")):
             return fact["width"]
-    guide = open_run("guide", config.represent.helper, config.represent.helper_step)
-    return ModelConfig.from_json(guide.read(guide.model)).d_model
+    return open_model("guide", config.represent.helper, config.represent.helper_step).shape().d_model
 
 
 def first_map(config: ml_collections.ConfigDict, student: Student, width: int) -> Map:

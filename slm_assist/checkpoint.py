@@ -158,6 +158,19 @@ def restore_state(directory: Path, step: int, like: TrainState) -> tuple[TrainSt
     return TrainState(first, found["params"], found["optimizer"], found["assist"]), meta
 
 
+def save_params(directory: Path, params: Any) -> None:
+    """Saves parameters alone, as checkpoint 0, for `restore_params`.
+
+    Raises:
+      UserError: they cannot be written.
+    """
+    try:
+        with ocp.CheckpointManager(directory.absolute()) as manager:
+            manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: cannot be written ({str(error).splitlines()[0][:200]}); make room") from error
+
+
 def whole_steps(directory: Path) -> list[int]:
     """Steps whose checkpoint was completed. A save that was cut short leaves only a name of another form."""
     if not directory.is_dir():

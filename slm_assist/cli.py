@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from slm_assist.commands import evaluate
+from slm_assist.commands import evaluate, hugging_face
 from slm_assist.errors import UserError
 
 
@@ -131,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--part", help="I/N: this process is I of N that share the work")
     _add_processes(score)
     _add_select(command)
+    hugging_face.add(command)
     evaluate.add(command)
 
     _add_plan(command)

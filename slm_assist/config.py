@@ -27,8 +27,12 @@ def get_config() -> ml_collections.ConfigDict:
     c.batch_rows = 16  # rows in one update, over all devices and hosts
     c.microbatches = 1  # parts a batch is split into, one after the other; gradients add up, by token
 
+    c.init = ml_collections.ConfigDict()
+    c.init.model = ""  # run directory or hf:PATH_OR_NAME that the student begins as: weights and shape; empty: random
+    c.init.step = -1  # its saved step; -1: the newest whole one
+
     c.model = ml_collections.ConfigDict()
-    c.model.size = "laptop-large"  # a named size of slm_assist/models/sizes.py
+    c.model.size = "laptop-large"  # a named size of slm_assist/models/sizes.py | hf:PATH_OR_NAME, that model's shape
     c.model.num_layers = 0  # 0: as the size says; so with the next five
     c.model.d_model = 0  # width of the residual stream
     c.model.d_ff = 0  # width of the MLP
@@ -81,7 +85,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.assist = ml_collections.ConfigDict()
     c.assist.schedule = "none"  # none (BASELINE) | constant (RKD) | step (SALT) | linear | ratio | auto
-    c.assist.teacher = ""  # run directory of the small LM whose soft labels are learnt | package.module:function
+    c.assist.teacher = ""  # the small LM: run directory | hf:PATH_OR_NAME, as for all helpers | package.module:function
     c.assist.teacher_step = -1  # its saved step; -1: the newest whole one
     c.assist.weight = 0.667  # w: the loss is (1-w) cross-entropy + w CE(teacher, student)
     c.assist.token_weight = ""  # package.module:function(TokenInfo, w) -> w of each token; empty: w for all

@@ -55,6 +55,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_select(config)
     _check_represent(config)
     _check_grow(config)
+    _check_init(config)
     if config.branch.step != -1 and not config.branch.run:
         raise UserError(f"branch.step={config.branch.step} needs branch.run, the directory of the run to go on from")
     if config.branch.run and config.data.stream:
@@ -66,7 +67,7 @@ POSITIVE = ("steps", "batch_rows", "microbatches", "data.seq_len", "checkpoint.k
 LEAST = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(
     ("data.order_seed", "data.sentinels", "assist.teacher_step", "mesh.data", "mesh.fsdp", "mesh.tensor",
      "represent.helper_step", "represent.student_layer", "represent.helper_layer", "grow.helper_step",
-     "grow.warmup_steps", "branch.step"), -1
+     "grow.warmup_steps", "branch.step", "init.step"), -1
 ) | {"select.scorer_step": -2, "select.reference_step": -2}  # fmt: skip
 
 
@@ -99,6 +100,18 @@ def _check_fractions(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"{key}={flat[key]}: must lie between 0 and 1")
     if not config.assist.temperature > 0:
         raise UserError(f"assist.temperature={config.assist.temperature}: must be above 0")
+
+
+def _check_init(config: ml_collections.ConfigDict) -> None:
+    if config.init.step != -1 and not config.init.model:
+        raise UserError(f"init.step={config.init.step} needs init.model, what the student begins as")
+    if not config.init.model:
+        return
+    if config.grow.helper:
+        raise UserError("init.model and grow.helper: a student begins as one model or grown from one; leave one out")
+    for name, value in config.model.items():
+        if isinstance(value, int) and value:
+            raise UserError(f"model.{name}={value}: the student has the shape of init.model; leave it out")
 
 
 def _check_stream(config: ml_collections.ConfigDict) -> None:

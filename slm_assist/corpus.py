@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
-from slm_assist import roles
+from slm_assist import pretrained, roles
 from slm_assist.assist import helpers as helpers_lib
 from slm_assist.assist.own_teacher import is_own
 from slm_assist.data import objectives
@@ -20,6 +20,7 @@ from slm_assist.data.sources import Source, open_source
 from slm_assist.data.tokenizers import Vocabulary
 from slm_assist.distributed import Group
 from slm_assist.errors import UserError
+from slm_assist.models.hf import load as hub
 from slm_assist.run_dir import RunDir
 
 if TYPE_CHECKING:  # TensorFlow loads only where a config names a stream
@@ -186,15 +187,19 @@ def sentinels(config: ml_collections.ConfigDict) -> int:
 
 
 def find_vocabulary(config: ml_collections.ConfigDict, run: RunDir | None) -> Vocabulary | None:
-    """A run that goes on keeps its own; else the config's, a trunk's or a helper's; None: one is to be trained."""
+    """A run keeps its own; else the config's, a trunk's, init.model's or a helper's; None: one is to be trained."""
     if run and run.config.is_file():
         return Vocabulary.load(run.tokenizer)
     given = config.data.vocabulary
     if not given and config.branch.run:
         given = helpers_lib.open_trunk(config.branch.run, config.branch.step).path
+    if not given and config.init.model:
+        return pretrained.open_model(config.init.model, "init.model").vocabulary
     for role, (directory, _) in roles.wanted(config).items() if not given else ():
         if not given and not is_own(role, directory):
-            given = helpers_lib.open_run(role, directory).path
+            return helpers_lib.open_model(role, directory).vocabulary
+    if hub.is_name(str(given)):
+        return pretrained.HubModel(given, weights=False).vocabulary
     if "://" in str(given):
         return Vocabulary.load(given)
     if given:

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from slm_assist import aligning, config_rules, corpus, optim, roles, sharding
+from slm_assist import aligning, config_rules, corpus, optim, roles, shapes, sharding
 from slm_assist import config as config_lib
 from slm_assist import feed as feed_lib
 from slm_assist.assist import helpers as helpers_lib
@@ -30,8 +30,7 @@ from slm_assist.evals import token_metrics
 from slm_assist.evals.perplexity import Perplexity
 from slm_assist.losses import blocked
 from slm_assist.losses.common import check_top_k
-from slm_assist.models import ModelConfig, Transformer, attention
-from slm_assist.models.sizes import named
+from slm_assist.models import Transformer, attention
 from slm_assist.run_dir import RunDir
 from slm_assist.state import TrainState
 from slm_assist.steps import Student
@@ -124,11 +123,14 @@ def build(config: ml_collections.ConfigDict, run: RunDir, say: Say, group: Group
     mesh = make_mesh(config)
     dtype = compute_dtype(config.compute.dtype, mesh.devices.flat[0])
     _check_before_data(config, run)
-    shape, device = model_config(config, config.data.vocab_size), mesh.devices.flat[0]
+    shape, device = shapes.model_config(config, config.data.vocab_size, run), mesh.devices.flat[0]
     backend = attention.choose(config.compute.attention, device, shape, config.data.seq_len, dtype)
     prepared = corpus.prepare(config, run, say=say, group=group, reader=feed_lib.reader(mesh, config.batch_rows))
     vocabulary = prepared.vocabulary
-    shape = dataclasses.replace(shape, vocab_size=vocabulary.size)
+    shape = shapes.model_config(config, vocabulary.size, run)
+    new = not (run.config.is_file() or config.branch.run)
+    if config.init.model and new:
+        shapes.check_vocabulary(config, vocabulary)
     model = Transformer(shape, dtype=dtype, remat=config.compute.remat, attention=backend)
     check_top_k(config.assist.top_k, vocabulary.size)
     validation = Perplexity(
@@ -164,7 +166,7 @@ def make_schedule(config: ml_collections.ConfigDict) -> AssistSchedule:
 
 def _check_before_data(config: ml_collections.ConfigDict, run: RunDir) -> None:
     """Finds mistakes in model, optimizer and helpers before a corpus is prepared for hours."""
-    make_student(config, Transformer(model_config(config, config.data.vocab_size)))
+    make_student(config, Transformer(shapes.model_config(config, config.data.vocab_size, run)))
     make_schedule(config)
     aligning.schedule(config)
     token_weight.find(config.assist.token_weight)
@@ -184,14 +186,16 @@ def _check_before_data(config: ml_collections.ConfigDict, run: RunDir) -> None:
                 config.data, vocabulary.with_sentinels(len(vocabulary.sentinel_ids) or corpus.sentinels(config))
             )
     if not (run.config.is_file() or config.branch.run):
+        if config.init.model:
+            shapes.check_vocabulary(config, vocabulary)
         for role, (directory, step) in wanted.items():
             if own_teacher.is_own(role, directory):
                 own_teacher.check(directory, step)
                 continue
             helper = helpers_lib.find(role, directory, step=step, vocabulary=vocabulary, dtype=jnp.float32)
-            roles.check_fits(config, helper, model_config(config, vocabulary.size))
+            roles.check_fits(config, helper, shapes.model_config(config, vocabulary.size, run))
         if config.validation.buckets:
-            helpers_lib.open_run("buckets", config.validation.buckets)
+            helpers_lib.open_model("buckets", config.validation.buckets)
 
 
 def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
@@ -214,14 +218,6 @@ def check_batch(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | jax
             f"batch_rows={config.batch_rows} in {config.microbatches} microbatches is not divisible by the {shards} "
             f"parts of the mesh's data and fsdp axes; use a multiple of {shards * config.microbatches}"
         )
-
-
-def model_config(config: ml_collections.ConfigDict, vocab_size: int) -> ModelConfig:
-    """The named size with the config's changes, for a vocabulary of `vocab_size`."""
-    given = {name: value for name, value in config.model.items() if isinstance(value, int) and value}
-    if config.model.scan_layers != "auto":
-        given["scan_layers"] = config.model.scan_layers == "true"
-    return named(config.model.size, vocab_size, **given)
 
 
 def compute_dtype(name: str, device: jax.Device) -> jnp.dtype:

@@ -21,9 +21,9 @@ import ml_collections
 from jax.sharding import AbstractMesh, AxisType
 
 from slm_assist import config as config_lib
-from slm_assist import corpus, flops, hardware, metrics, plan_memory, plan_table, roles, sharding, topology
+from slm_assist import corpus, flops, hardware, metrics, plan_memory, plan_table, roles, shapes, sharding, topology
 from slm_assist import experiment as experiment_lib
-from slm_assist.assist.helpers import Helper, Placement, open_run
+from slm_assist.assist.helpers import Helper, Placement, open_model
 from slm_assist.assist.own_teacher import is_own
 from slm_assist.assist.stages import Stage
 from slm_assist.data import objectives
@@ -38,7 +38,7 @@ from slm_assist.models import ModelConfig, Transformer, attention
 from slm_assist.models.attention import cudnn, splash
 from slm_assist.models.sizes import NAMED, named
 from slm_assist.plan_memory import state_shapes
-from slm_assist.run_dir import RunDir
+from slm_assist.pretrained import RunModel, is_there
 
 REDONE = {"none": 0.0, "dots": 0.1, "full": 0.7}  # of a forward pass through the layers, about: not its last matmuls
 MARGIN = {"compiled": 1.0, "estimated": 1.3}  # what an estimate must leave free; see `plan_memory`
@@ -201,9 +201,10 @@ def find_helpers(config: ml_collections.ConfigDict, devices: Devices, mesh: Any,
                 f"assist.teacher={directory}: what a function needs is not known yet; plan with a small LM's run "
                 "directory instead, or with --assist.schedule=none"
             )
-        run = RunDir(directory)
-        if run.model.is_file():
-            shape = ModelConfig.from_json(open_run(role, directory).read(run.model))
+        run = RunModel(directory)
+        if is_there(directory):
+            run = open_model(role, directory)
+            shape = run.shape()
         elif size:
             shape = named(size, vocabulary_size(config))
         else:
@@ -261,7 +262,7 @@ def on_paper(config: ml_collections.ConfigDict, devices: Devices, mesh: Any, hel
     config.loss.block_bytes = config.loss.block_bytes or default_block_bytes(logits, "accelerator")
     objectives.check(config.data)
     check_top_k(config.assist.top_k, size)
-    shape = experiment_lib.model_config(config, size)
+    shape = shapes.model_config(config, size)
     for helper in helpers.values():
         roles.check_fits(config, helper, shape)
     model = _transformer(config, config.compute.attention, shape, devices, mesh, config.compute.remat)

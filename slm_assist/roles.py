@@ -131,6 +131,11 @@ def _guide_flops(
 
 def check_fits(config: ml_collections.ConfigDict, helper: Helper, student: ModelConfig) -> None:
     """Raises `UserError` where the student's shape does not go with a helper's."""
+    if (longest := helper.model.config.max_positions) and config.data.seq_len > longest:
+        raise UserError(
+            f"data.seq_len={config.data.seq_len}: {KEYS[helper.role]}={helper.run} has {longest} learnt positions; use "
+            f"data.seq_len={longest} or less"
+        )
     if helper.role == "guide":
         aligning.layers(config, student, helper.model.config)
     if helper.role == "parent":

@@ -24,13 +24,12 @@ from slm_assist.assist import labels, sample, score_store, scores
 from slm_assist.assist.helpers import Helper
 from slm_assist.assist.score_store import Writer
 from slm_assist.assist.scores import Score
-from slm_assist.checkpoint import whole_steps
 from slm_assist.data.loader import Prefetcher
 from slm_assist.data.rows import Rows
 from slm_assist.errors import UserError
 from slm_assist.experiment import Say
 from slm_assist.models import Transformer
-from slm_assist.run_dir import RunDir
+from slm_assist.pretrained import Pretrained
 
 SPANS, SPAN_ROWS = 64, 1024  # a corpus has at least so many spans, if they are not to be shorter than a batch
 
@@ -132,11 +131,11 @@ def _prepare(config: ml_collections.ConfigDict, out: Path, say: Say) -> Job:
     if config.data.stream:
         raise UserError("data.stream=true: a stream has no row ids to keep scores of; set data.stream=false")
     wanted = roles.scoring(config, set(chosen.roles))
-    steps = {role: _step(out, role, helpers_lib.open_run(role, *run), run.step) for role, run in wanted.items()}
+    steps = {role: _step(out, role, helpers_lib.open_model(role, *run), run.step) for role, run in wanted.items()}
     mesh = _make_mesh(config)
     if not config.data.vocabulary:
         config = config.copy_and_resolve_references()
-        config.data.vocabulary = str(next(iter(wanted.values())).directory)
+        config.data.vocabulary = next(iter(wanted.values())).directory
     prepared = corpus.prepare(config, say=say)
     rows, vocabulary = prepared.train, prepared.vocabulary
     chosen = scores.make(select.score, **options, vocab_size=vocabulary.size)
@@ -180,13 +179,13 @@ def _make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
     return mesh
 
 
-def _step(out: Path, role: str, run: RunDir, step: int) -> int:
+def _step(out: Path, role: str, run: Pretrained, step: int) -> int:
     """The saved step to score with; "the newest" is the one that was the newest when scoring into `out` began."""
     step = helpers_lib.find_step(role, run, step)
     if step != helpers_lib.NEWEST:
         return step
     stored = score_store.read_meta(out)["helpers"].get(role, {}) if (out / "meta.json").is_file() else {}
-    return stored["step"] if stored.get("run") == str(run.path.resolve()) else whole_steps(run.checkpoints)[-1]
+    return stored["step"] if stored.get("run") == run.location else run.steps()[-1]
 
 
 def span_rows(rows: int, batch_rows: int) -> int:

@@ -1,4 +1,5 @@
-"""What a run begins with: its newest checkpoint, or else random parameters, a grown small LM, or another run's state.
+"""What a run begins with: its newest checkpoint, or else random parameters, a model that exists, a grown
+small LM, or another run's state.
 
 A branch goes on from a checkpoint of another run, its trunk: parameters, optimizer, place in the data and totals are
 the trunk's, and what follows is its own. So one trunk whose learning rate stays up has as many fully decayed ends as
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from slm_assist import checkpoint as checkpoint_lib
 from slm_assist import config as config_lib
-from slm_assist import config_rules
+from slm_assist import config_rules, pretrained
 from slm_assist import state as state_lib
 from slm_assist.assist import helpers as helpers_lib
 from slm_assist.assist import weights
@@ -24,6 +25,7 @@ from slm_assist.checkpoint import Checkpoints
 from slm_assist.errors import UserError
 from slm_assist.experiment import SAME_ON_RESUME, Experiment, Say, facts, make_learning_rate
 from slm_assist.log import Log
+from slm_assist.models import Transformer, stack, unstack
 from slm_assist.run_dir import RunDir
 from slm_assist.state import TrainState
 
@@ -53,6 +55,8 @@ def begin(experiment: Experiment, run: RunDir, checkpoints: Checkpoints, parent:
         return _branch(experiment, like, say)
     if parent is not None:
         return _grown(experiment, layout, parent, say)
+    if experiment.config.init.model:
+        return _initial(experiment, layout, say)
     return Begun(jax.jit(functools.partial(new_state, experiment), out_shardings=layout)(), Log.NEW, {})
 
 
@@ -69,6 +73,27 @@ def shapes(experiment: Experiment) -> tuple[TrainState, TrainState]:
     made = jax.eval_shape(functools.partial(new_state, experiment))
     like = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), made, layout)
     return layout, like
+
+
+def _initial(experiment: Experiment, layout: TrainState, say: Say) -> Begun:
+    """Another model's parameters, read straight onto the devices as the student's lie there."""
+    config, student = experiment.config, experiment.student
+    source = pretrained.open_model(config.init.model, "init.model", config.init.step)
+    theirs, ours = source.shape(), student.model.config
+    like = pretrained.like_student(Transformer(theirs), experiment.mesh, jnp.float32)
+    params, step = source.params(like, step=config.init.step, say=say)
+
+    def begun(params: Any) -> TrainState:
+        if theirs.scan_layers != ours.scan_layers:
+            params = stack(params, ours) if ours.scan_layers else unstack(params, theirs)
+        return state_lib.begin(params, student.optimizer, experiment.first_assist())
+
+    # What is stacked anew cannot stay where it lies.
+    donated = (0,) if theirs.scan_layers == ours.scan_layers else ()
+    state = jax.jit(begun, out_shardings=layout, donate_argnums=donated)(params)
+    say(f"begins as {source} at step {step}, {student.model.num_params():,} parameters")
+    known = {"run": source.location, "step": step, "identity": source.identity, "train_flops": source.flops_at(step)}
+    return Begun(state, Log.NEW, {"initial": known | {"parameters": student.model.num_params()}})
 
 
 def _grown(experiment: Experiment, layout: TrainState, parent: Helper, say: Say) -> Begun:

@@ -44,10 +44,9 @@ def validator(experiment: Experiment, run: RunDir, eval_step: Callable, say: Say
 def _buckets(experiment: Experiment, sums: Callable, say: Say, group: Group) -> np.ndarray:
     """Thirds of the validation rows by the loss of the run that the config names: cut once, kept beside the rows."""
     name = experiment.config.validation.buckets
-    cutter = RunDir(name)
-    identity = {"run": cutter.path.name, "rows": experiment.validation.fingerprint}
-    identity["config"] = cutter.read(cutter.config)
-    file = perplexity.bucket_file(experiment.prepared.path, cutter.path.name, identity)
+    cutter = helpers_lib.open_model("buckets", name)
+    identity = {"run": cutter.name, "rows": experiment.validation.fingerprint, "model": cutter.identity}
+    file = perplexity.bucket_file(experiment.prepared.path, cutter.name, identity)
     found = perplexity.read_buckets(file)
     # Process 0's answer, for all go the same way: cutting takes every device.
     cut = group.first("buckets", lambda: None if found is None else found.tolist())

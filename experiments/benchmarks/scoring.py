@@ -37,7 +37,7 @@ from slm_assist.data.rows import Rows
 from slm_assist.losses import blocked
 from slm_assist.models import Transformer
 from slm_assist.models.sizes import named
-from slm_assist.run_dir import RunDir
+from slm_assist.pretrained import RunModel
 
 
 def matmul(params, batch, *, model):
@@ -91,7 +91,7 @@ def make_job(args, cache: str) -> tuple[scoring.Job, dict]:
         "span_rows": args.batch_rows * min(args.batches, len(rows) // args.batch_rows),
     }  # fmt: skip
     score = scores.make("salt", k=10, masked="zero", statistic="median")
-    helpers = {"scorer": Helper("scorer", RunDir(cache), 0, model)}
+    helpers = {"scorer": Helper("scorer", RunModel(cache), 0, model)}
     return scoring.Job(config, rows, mesh, score, helpers, meta, lambda line: None), params
 
 

@@ -25,7 +25,7 @@ from slm_assist.errors import UserError
 from slm_assist.losses import blocked
 from slm_assist.models import ModelConfig, Transformer, attention
 from slm_assist.models.sizes import NAMED, named
-from slm_assist.run_dir import RunDir
+from slm_assist.pretrained import RunModel
 
 SIZES = "a named size, LAYERSxWIDTH or LAYERSxWIDTHxFF"
 DOCUMENTS = 4  # of a row
@@ -71,7 +71,7 @@ class Setting:
 
     @property
     def helper(self) -> Helper:
-        return Helper("teacher", RunDir("none"), 0, self.teacher, self.placement)
+        return Helper("teacher", RunModel("none"), 0, self.teacher, self.placement)
 
     def state(self) -> state_lib.TrainState:
         """Shapes and layout of the train state."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slm_assist import config, experiment, flops
+from slm_assist import config, flops, shapes
 from slm_assist.errors import UserError, one_of
 
 FILES = Path(__file__).parents[1]
@@ -216,7 +216,7 @@ def _relative_cost(settings: Settings) -> float:
     for method in (HELPER, BASELINE):
         overrides = SHARED | dict(settings.given) | _own(settings, method, 0, settings.steps)
         resolved, _ = config.resolve(str(FILES / f"{method}.py"), overrides)
-        shape = experiment.model_config(resolved, resolved.data.vocab_size)
+        shape = shapes.model_config(resolved, resolved.data.vocab_size)
         costs.append(flops.plain(shape, resolved.data.seq_len))
     return costs[0] / costs[1]
 

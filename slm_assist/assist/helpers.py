@@ -1,7 +1,6 @@
 """Small LMs from other runs' directories: found, checked, laid out, frozen, and dropped when their stage ends."""
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -11,10 +10,11 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from slm_assist import checkpoint, sharding
+from slm_assist import checkpoint, pretrained, sharding
 from slm_assist.data.tokenizers import Vocabulary, compare
 from slm_assist.errors import UserError
-from slm_assist.models import ModelConfig, Transformer
+from slm_assist.models import Transformer
+from slm_assist.pretrained import Pretrained
 from slm_assist.run_dir import RunDir
 
 KEYS = {  # where the config names a role's run
@@ -47,7 +47,7 @@ class Helper:
     """A small LM in a role."""
 
     role: str  # one of KEYS
-    run: RunDir
+    run: Pretrained
     step: int  # the saved step it is taken from; -1 until `load` has found the newest whole one
     model: Transformer
     placement: Placement = AUTO
@@ -55,13 +55,13 @@ class Helper:
     def facts(self) -> dict[str, Any]:
         """What config.json and the report say about it."""
         return {
-            "run": str(self.run.path.resolve()),
+            "run": self.run.location,
             "step": self.step,
             "parameters": self.model.num_params(),
             "width": self.model.config.d_model,
             "train_flops": self.run.flops_at(self.step),
             "bytes": self.bytes(),
-            "identity": hashlib.blake2b(self.run.config.read_bytes(), digest_size=16).hexdigest(),
+            "identity": self.run.identity,
         }
 
     def bytes(self) -> int:
@@ -89,7 +89,7 @@ class Helper:
         """Whether both are one checkpoint of one run."""
         if not isinstance(other, Helper):  # somebody's function
             return False
-        return (self.run.path.resolve(), self.step) == (other.run.path.resolve(), other.step)
+        return (self.run.location, self.step) == (other.run.location, other.step)
 
     def shapes(self, mesh: Mesh) -> Any:
         """Shapes, dtypes and layout of its parameters, in the compute dtype: whole on every device, or split."""
@@ -112,7 +112,7 @@ class Helper:
           UserError: the checkpoint is gone or cannot be read.
         """
         like = self.shapes(mesh)
-        params, step = checkpoint.restore_params(self.run.checkpoints, like, step=self.step, say=say)
+        params, step = self.run.params(like, step=self.step, say=say)
         return dataclasses.replace(self, step=step), params
 
 
@@ -125,11 +125,11 @@ def find(
     dtype: jnp.dtype,
     placement: Placement = AUTO,
 ) -> Helper:
-    """The helper in a run's directory, checked against the student's vocabulary.
+    """The helper called `directory`, checked against the student's vocabulary.
 
     Args:
       role: one of `KEYS`.
-      directory: the run that trained it.
+      directory: the run that trained it, or `hf:PATH_OR_NAME`.
       step: one of that run's saved steps, `NEWEST`, or `KEPT`.
       vocabulary: the student's.
       dtype: the dtype its parameters are kept and used in.
@@ -138,10 +138,10 @@ def find(
     Raises:
       UserError: no such run or step, or vocabularies that differ.
     """
-    run = open_run(role, directory, step)
+    run = open_model(role, directory, step)
     step = find_step(role, run, step)
-    model = Transformer(ModelConfig.from_json(run.read(run.model)), dtype=dtype)
-    difference = compare(vocabulary, Vocabulary.load(run.tokenizer))
+    model = Transformer(run.shape(), dtype=dtype)
+    difference = compare(vocabulary, run.vocabulary)
     if difference:
         raise UserError(
             f"{KEYS[role]}={directory}: its vocabulary is not the student's ({difference}); train both with one "
@@ -150,19 +150,9 @@ def find(
     return Helper(role, run, step, model, placement)
 
 
-def open_run(role: str, directory: str, step: int = -1) -> RunDir:
-    """The run in `directory`, which has a checkpoint at `step` (below 0: at any step).
-
-    Raises:
-      UserError: there is no run, or no such checkpoint; says what there is.
-    """
-    run = RunDir(directory)
-    if not run.path.is_dir():
-        raise UserError(f"{KEYS[role]}={directory}: there is no such directory; name the small LM's run directory")
-    if not run.model.is_file():
-        raise UserError(f"{KEYS[role]}={directory}: not a run directory, it has no {run.model.name}")
-    checkpoint.check_step(run.checkpoints, max(step, NEWEST))
-    return run
+def open_model(role: str, directory: str, step: int = -1) -> Pretrained:
+    """`pretrained.open_model` of a role."""
+    return pretrained.open_model(directory, KEYS[role], step)
 
 
 def open_trunk(directory: str, step: int) -> RunDir:
@@ -178,17 +168,15 @@ def open_trunk(directory: str, step: int) -> RunDir:
     return trunk
 
 
-def find_step(role: str, run: RunDir, step: int) -> int:
-    """The saved step that `KEPT` stands for; other steps are themselves.
+def find_step(role: str, run: Pretrained, step: int) -> int:
+    """The saved step that `KEPT` stands for; other steps are themselves. A model of Hugging Face's has only one.
 
     Raises:
       UserError: the run kept no checkpoint for scoring.
     """
     if step != KEPT:
         return step
-    saved = checkpoint.whole_steps(run.checkpoints)
-    config = run.read(run.config)["config"]
-    kept = round(config["checkpoint"].get("keep_fraction", 0.0) * config["steps"])
+    kept, saved = run.kept_step(), run.steps()
     if kept not in saved:
         raise UserError(
             f"{KEYS[role]}={run}: it kept no early checkpoint (checkpoint.keep_fraction=0.12 in its own run does); it "

@@ -1,1 +1,1 @@
-"""The subcommands of the command line that have a file of their own."""
+"""Subcommands of `slm-assist` that have a file of their own."""

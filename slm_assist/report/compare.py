@@ -177,7 +177,7 @@ def _per_seed(key: str) -> bool:
 
 def _helps(small: Run, helper: dict[str, Any]) -> bool:
     """Whether `helper`, a fact of another run, is the run `small`, also where both have been moved."""
-    path = Path(helper["run"])
+    path = Path(helper["run"])  # of a model of Hugging Face's, one that is not there
     moved = path.name == small.path.resolve().name and helper.get("parameters") == small.facts["parameters"]
     return path.resolve() == small.path.resolve() or moved
 
