@@ -40,11 +40,8 @@ EXTRAS = {
 }
 # What imported models and the harness are compared with; torch is the one that this was tested with
 REFERENCES = ["torch==2.13.0", "transformers>=5", "accelerate>=1"]
-EXTRAS["test"] = [
-    *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", *REFERENCES),
-    *(package for name in ("data", "beam", "hf", "eval") for package in EXTRAS[name]),
-]
-EXTRAS["all"] = EXTRAS["test"]
+EXTRAS["all"] = [package for name in ("data", "beam", "hf", "eval") for package in EXTRAS[name]]
+EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", *REFERENCES, *EXTRAS["all"]]
 
 setup(
     name="slm_assist",

@@ -5,17 +5,16 @@ import importlib
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import jax
-import jax.numpy as jnp
 import lm_eval
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tokenizers
 import torch
@@ -31,21 +30,8 @@ from slm_assist.data.tokenizers import Vocabulary
 from slm_assist.errors import UserError
 from slm_assist.evals import continuations, evaluating, paper_tasks
 from slm_assist.evals.harness import SlmAssistLM, context_length, text_prefix
-from slm_assist.models import ModelConfig, Transformer
 
-CONFIG = ModelConfig(
-    vocab_size=320,
-    num_layers=2,
-    d_model=32,
-    d_ff=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    activation="silu",
-    embed_scale=False,
-    tie_embeddings=False,
-    scan_layers=False,
-)
+VOCAB = 320  # more than the tokenizer will have: the rest is padding
 TEXTS = ["The cat sat on the mat.", "the rain in Spain falls on the plain", "a small model helps a large model"]
 TASKS = {
     "own_choice": {
@@ -88,56 +74,29 @@ def manager() -> TaskManager:
 def reference() -> transformers.PreTrainedModel:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    c = CONFIG
     config = transformers.LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.d_model,
-        intermediate_size=c.d_ff,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta,
-        tie_word_embeddings=False,
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         initializer_range=0.4,
         bos_token_id=0,
         eos_token_id=1,
-        max_position_embeddings=4096,
+        max_position_embeddings=512,
     )
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def our_params(reference: transformers.PreTrainedModel) -> dict:
-    """The same weights under our names."""
-    weights = {name: np.asarray(x.detach()) for name, x in reference.state_dict().items()}
-    c = CONFIG
-    params = {
-        "embedding": weights["model.embed_tokens.weight"],
-        "head": weights["lm_head.weight"].T,
-        "final_norm": {"scale": weights["model.norm.weight"]},
-    }
-    for index in range(c.num_layers):
-
-        def kernel(name, shape, index=index):
-            return weights[f"model.layers.{index}.{name}.weight"].T.reshape(shape)
-
-        params[f"layer_{index}"] = {
-            "attention_norm": {"scale": weights[f"model.layers.{index}.input_layernorm.weight"]},
-            "mlp_norm": {"scale": weights[f"model.layers.{index}.post_attention_layernorm.weight"]},
-            "attention": {
-                "query": kernel("self_attn.q_proj", (c.d_model, c.num_heads, c.head_dim)),
-                "key": kernel("self_attn.k_proj", (c.d_model, c.num_kv_heads, c.head_dim)),
-                "value": kernel("self_attn.v_proj", (c.d_model, c.num_kv_heads, c.head_dim)),
-                "out": kernel("self_attn.o_proj", (c.num_heads, c.head_dim, c.d_model)),
-            },
-            "mlp": {
-                "gate": kernel("mlp.gate_proj", (c.d_model, c.d_ff)),
-                "up": kernel("mlp.up_proj", (c.d_model, c.d_ff)),
-                "down": kernel("mlp.down_proj", (c.d_ff, c.d_model)),
-            },
-        }
-    return params
+@pytest.fixture(scope="module")
+def folders(reference, tmp_path_factory) -> dict[bool, Path]:
+    """The reference as a folder, by whether its tokenizer puts BOS before texts."""
+    folders = {bos: tmp_path_factory.mktemp("hf") for bos in (False, True)}
+    for bos, folder in folders.items():
+        reference.save_pretrained(folder)
+        make_hf(reference, bos, 8).tokenizer.save_pretrained(folder)
+    return folders
 
 
 def make_tokenizer(bos: bool) -> tokenizers.Tokenizer:
@@ -146,7 +105,7 @@ def make_tokenizer(bos: bool) -> tokenizers.Tokenizer:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=CONFIG.vocab_size,
+        vocab_size=VOCAB,
         special_tokens=["<s>", "</s>", "<pad>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -157,12 +116,8 @@ def make_tokenizer(bos: bool) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def make_loaded(reference, bos: bool, **mesh_sizes: int) -> pretrained.Loaded:
-    model = Transformer(CONFIG)
-    params = our_params(reference)
-    where = sharding.shardings(model.logical_axes(), model.shapes(), sharding.make_mesh(**(mesh_sizes or {"data": 1})))
-    vocabulary = Vocabulary(make_tokenizer(bos).to_str().encode(), "tokenizer.json")
-    return pretrained.Loaded(model, jax.tree.map(jax.device_put, params, where), vocabulary, "memory", 0)
+def load_ours(folder: Path, *, data: int = 1, fsdp: int = 1, tensor: int = 1, **options: Any) -> SlmAssistLM:
+    return SlmAssistLM(f"hf:{folder}", mesh=sharding.make_mesh(data, fsdp, tensor), **options)
 
 
 def make_hf(reference, bos: bool, max_length: int) -> HFLM:
@@ -190,8 +145,8 @@ def requests(reference, vocabulary: Vocabulary) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_log_likelihoods_are_those_of_hf(reference, bos):
-    hf, ours = make_hf(reference, bos, 24), SlmAssistLM(make_loaded(reference, bos), max_length=24, batch_size=5)
+def test_log_likelihoods_are_those_of_hf(reference, folders, bos):
+    hf, ours = make_hf(reference, bos, 24), load_ours(folders[bos], max_length=24, batch_size=5)
     asked = instances("loglikelihood", requests(reference, ours.vocabulary))
     wanted, got = hf.loglikelihood(asked, disable_tqdm=True), ours.loglikelihood(asked, disable_tqdm=True)
     np.testing.assert_allclose([p for p, _ in got], [p for p, _ in wanted], atol=1e-4)
@@ -208,9 +163,9 @@ def test_log_likelihoods_are_those_of_hf(reference, bos):
     assert wanted[0] == 0 or bos  # with BOS that token is predicted, as hf does
 
 
-def test_eight_devices_score_as_one_does(reference):
-    one = SlmAssistLM(make_loaded(reference, True), max_length=40, batch_size=13)
-    eight = SlmAssistLM(make_loaded(reference, True, data=2, fsdp=2, tensor=2), max_length=40, batch_size=13)
+def test_eight_devices_score_as_one_does(reference, folders):
+    one = load_ours(folders[True], max_length=40, batch_size=13)
+    eight = load_ours(folders[True], data=2, fsdp=2, tensor=2, max_length=40, batch_size=13)
     assert (one.batch_size, eight.batch_size) == (13, 16)
     asked = instances("loglikelihood", requests(reference, one.vocabulary))
     a, b = (lm.loglikelihood(asked, disable_tqdm=True) for lm in (one, eight))
@@ -220,8 +175,8 @@ def test_eight_devices_score_as_one_does(reference):
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_texts_are_those_of_hf(reference, bos):
-    hf, ours = make_hf(reference, bos, 40), SlmAssistLM(make_loaded(reference, bos), max_length=40, batch_size=4)
+def test_texts_are_those_of_hf(reference, folders, bos):
+    hf, ours = make_hf(reference, bos, 40), load_ours(folders[bos], max_length=40, batch_size=4)
     short = {"until": ["e", "\n"], "max_gen_toks": 12}
     plain = {"until": "the", "max_new_tokens": 7, "do_sample": False, "temperature": 0.0, "num_beams": 1}
     contexts = [*TEXTS, "x " * 60, "q"]
@@ -246,14 +201,11 @@ def test_one_row_serves_all_answers_that_read_the_same(reference):
     assert [continuations.padded_length(n, 300) for n in (1, 64, 65, 200, 300)] == [64, 64, 128, 256, 300]
 
 
-def write_run(reference, directory: Path) -> Path:
-    """What an evaluation reads of a run."""
-    loaded = make_loaded(reference, False)
-    directory.mkdir()
-    (directory / "model.json").write_text(json.dumps(CONFIG.to_json()))
-    loaded.vocabulary.save(directory / "tokenizer")
-    with ocp.CheckpointManager((directory / "checkpoints").absolute()) as manager:
-        manager.save(7, args=ocp.args.Composite(params=ocp.args.StandardSave(loaded.params)))
+@pytest.fixture(scope="module")
+def run(folders, tmp_path_factory) -> Path:
+    """The reference as a run of ours."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    pretrained.keep(pretrained.HubModel(f"hf:{folders[False]}"), directory)
     return directory
 
 
@@ -273,16 +225,17 @@ def write_tasks(directory: Path) -> Path:
     return directory
 
 
-def test_the_command_gives_the_figures_of_hf(reference, tmp_path, capsys):
-    run, include = write_run(reference, tmp_path / "run"), write_tasks(tmp_path / "tasks")
+def test_the_command_gives_the_figures_of_hf(reference, folders, tmp_path, capsys):
+    include = write_tasks(tmp_path / "tasks")
     names = ["own_choice", "own_perplexity", "own_text"]
     out = tmp_path / "new" / "results.json"
-    arguments = ["evaluate", str(run), f"--include={include}", "--max_length=64", "--rows=2", "--mesh.data=1"]
+    model = f"hf:{folders[False]}"
+    arguments = ["evaluate", model, f"--include={include}", "--max_length=64", "--rows=2", "--mesh.data=1"]
     arguments += [f"--tasks={','.join(names)},own_*", f"--out={out}", f"--samples={tmp_path / 'samples'}"]
     with mock.patch.object(evaluating, "TaskManager", functools.partial(TaskManager, include_defaults=False)):
         assert main(arguments) == 0
     report, printed = json.loads(out.read_text()), capsys.readouterr().out
-    assert (report["step"], report["model"], report["rows"], report["text_prefix"]) == (7, str(run), 2, [])
+    assert (report["step"], report["model"], report["rows"], report["text_prefix"]) == (0, model, 2, [])
     manager = TaskManager(include_path=str(include), include_defaults=False)
     hf = make_hf(reference, False, 64)
     with mock.patch("lm_eval.evaluator.add_env_info"):  # it asks pip, which takes seconds
@@ -302,8 +255,8 @@ def test_the_command_gives_the_figures_of_hf(reference, tmp_path, capsys):
     assert "64 tokens" in printed
 
 
-def test_the_papers_group_is_what_can_be_run(reference, tmp_path, capsys):
-    run, include = write_run(reference, tmp_path / "run"), write_tasks(tmp_path / "tasks")
+def test_the_papers_group_is_what_can_be_run(run, tmp_path, capsys):
+    include = write_tasks(tmp_path / "tasks")
     broken = json.loads((include / "own_text.yaml").read_text()) | {"task": "own_broken", "dataset_path": "no/where"}
     (include / "own_broken.yaml").write_text(json.dumps(broken))
     task = paper_tasks.PaperTask
@@ -338,14 +291,13 @@ def test_the_papers_group_is_what_can_be_run(reference, tmp_path, capsys):
         (["--tasks=paper29"], "did you mean paper28"),
         (["--tasks=arc_easy"], "arc_easy: it cannot be loaded .*dataset_path: json"),
         (["--tasks=arc_easy", "--include=nowhere"], "no such directory"),
-        (["--tasks=arc_easy", "--step=3"], "step 3 was not kept; there are 7"),
+        (["--tasks=arc_easy", "--step=3"], "step 3 was not kept; there are 0"),
         (["--tasks=arc_easy", "--bos=yes", "--optimizer.b1=3"], "--optimizer.b1 is not an option of evaluate"),
         ([], "give --tasks"),
         (["--answers=jsonl:x"], "--answers needs --prompt"),
     ],
 )
-def test_mistakes_are_one_line(reference, manager, tmp_path, capsys, arguments, said):
-    run = write_run(reference, tmp_path / "run")
+def test_mistakes_are_one_line(run, manager, capsys, arguments, said):
     with mock.patch.object(evaluating, "TaskManager", lambda include_path: manager):
         assert main(["evaluate", str(run), *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -376,26 +328,21 @@ def test_the_papers_tasks_are_in_the_harness(manager):
     assert len(paper_tasks.choose([], run_code=True)[1]) == 28
 
 
-def test_prefixes_and_lengths(reference, tmp_path):
-    loaded = make_loaded(reference, False)
-    assert text_prefix(loaded) == [] and text_prefix(loaded, True) == [0]
-    assert text_prefix(make_loaded(reference, True)) == [0] and text_prefix(make_loaded(reference, True), False) == []
-    (tmp_path / "metrics.jsonl").write_text("")  # trained here: documents began with BOS
-    assert text_prefix(loaded._replace(name=str(tmp_path))) == [0]
-    folder = tmp_path / "hf"
-    make_hf(reference, True, 8).tokenizer.save_pretrained(folder)
-    there = loaded._replace(name=f"hf:{folder}")
-    assert text_prefix(there) == [0] and SlmAssistLM(there).prefix_token_id == 0
+def test_prefixes_and_lengths(folders, run, tmp_path):
+    plain, with_bos = (pretrained.load(f"hf:{folders[bos]}") for bos in (False, True))
+    assert text_prefix(plain) == text_prefix(with_bos, False) == []
+    assert text_prefix(plain, True) == text_prefix(with_bos) == [0]
+    assert context_length(f"hf:{folders[True]}") == context_length(str(run)) == 512
+    trained = tmp_path / "trained"
+    shutil.copytree(run, trained)
+    (trained / "config.json").write_text('{"config": {"data": {"seq_len": 77}}}')
+    assert context_length(str(trained)) == 77 and text_prefix(pretrained.load(str(trained))) == []
+    (trained / "metrics.jsonl").write_text("")  # it was trained here, and documents began with BOS
+    assert text_prefix(pretrained.load(str(trained))) == [0]
+
+    folder = tmp_path / "other"
+    shutil.copytree(folders[False], folder)
+    assert load_ours(folder).prefix_token_id == 0
     facts = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(facts | {"bos_token": None, "eos_token": "<pad>"}))
-    assert SlmAssistLM(there).prefix_token_id == 2 and SlmAssistLM(there, prefix_token_id=9).prefix_token_id == 9
-    for facts, length in [
-        ({"config": {"data": {"seq_len": 77}}}, 77),
-        ({"max_position_embeddings": 99}, 99),
-        ({"text_config": {"n_positions": 55}, "max_position_embeddings": 1}, 55),
-        ({}, 2048),
-    ]:
-        (tmp_path / "config.json").write_text(json.dumps(facts))
-        assert context_length(f"hf:{tmp_path}") == length
-    assert context_length("nowhere") == 2048
-    assert jnp.dtype(loaded.model.dtype) == jnp.float32
+    assert load_ours(folder).prefix_token_id == 2 and load_ours(folder, prefix_token_id=9).prefix_token_id == 9

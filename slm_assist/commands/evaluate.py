@@ -114,7 +114,7 @@ def _load(options: argparse.Namespace, mesh_sizes: dict[str, int]) -> Any:
 
     mesh = sharding.make_mesh(**mesh_sizes)
     dtype = compute_dtype(options.dtype, mesh.devices.flat[0])
-    return pretrained.load(options.model, step=options.step, dtype=dtype, mesh=mesh)
+    return pretrained.load(options.model, step=options.step, dtype=dtype, mesh=mesh, trim=False)
 
 
 def _offline_if_alone() -> None:

@@ -24,6 +24,7 @@ from slm_assist.data.tokenizers import Vocabulary
 from slm_assist.errors import UserError
 from slm_assist.evals.continuations import Continuations, mesh_of
 from slm_assist.experiment import compute_dtype
+from slm_assist.models.hf import load as hub
 from slm_assist.pretrained import Loaded
 from slm_assist.run_dir import RunDir
 
@@ -82,7 +83,7 @@ class SlmAssistLM(TemplateLM):
         if isinstance(pretrained, str):
             mesh = mesh or sharding.make_mesh()
             chosen = compute_dtype(dtype, mesh.devices.flat[0])
-            pretrained = pretrained_lib.load(pretrained, step=step, dtype=chosen, mesh=mesh, say=say)
+            pretrained = pretrained_lib.load(pretrained, step=step, dtype=chosen, mesh=mesh, trim=False, say=say)
         self.loaded = pretrained
         self.vocabulary: Vocabulary = pretrained.vocabulary
         most = pretrained.model.config.max_positions  # 0: rotary positions have no end
@@ -284,14 +285,14 @@ def text_prefix(loaded: Loaded, bos: bool | None = None) -> list[int]:
     return own
 
 
-def _folder(name: str) -> Path:
-    """Where the files of a model lie that is a run or a Hugging Face folder."""
-    return Path(name.removeprefix("hf:")).expanduser()
+def _file(name: str, file: str) -> Path:
+    """A file of a model that is a run or a folder of Hugging Face's."""
+    return (hub.folder(name, weights=False) if hub.is_name(name) else RunDir(name).path) / file
 
 
 def _framing(loaded: Loaded, otherwise: list[int]) -> list[int]:
     """What the model's tokenizer.json puts before a text; `otherwise` where there is none."""
-    file = _folder(loaded.name) / "tokenizer.json"  # an exported one says more than the vocabulary that it was made of
+    file = _file(loaded.name, "tokenizer.json")  # an exported one says more than the vocabulary that it was made of
     if not file.is_file() and loaded.vocabulary.file_name != file.name:
         return otherwise
     from tokenizers import Tokenizer
@@ -305,30 +306,21 @@ def _framing(loaded: Loaded, otherwise: list[int]) -> list[int]:
 
 
 def _ends(name: str) -> list[str]:
-    """BOS and EOS as a Hugging Face folder calls them, those that it has."""
-    facts = _read_json(_folder(name) / "tokenizer_config.json")
+    """BOS and EOS as a folder of Hugging Face's calls them, those that it has."""
+    try:
+        facts = json.loads(_file(name, "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
     tokens = (facts.get(key) for key in ("bos_token", "eos_token"))
     contents = (token.get("content") if isinstance(token, dict) else token for token in tokens)
     return [content for content in contents if content]
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """A file's contents, empty where it cannot be read."""
-    try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return contents if isinstance(contents, dict) else {}
-
-
 def context_length(name: str) -> int:
-    """The tokens that a model was trained to read: `data.seq_len` of a run, or what a model's config.json says."""
-    facts = _read_json(_folder(name) / "config.json")
-    if "config" in facts:
-        return facts["config"].get("data", {}).get("seq_len") or DEFAULT_LENGTH
-    facts = facts.get("text_config") or facts
-    lengths = (facts.get(key) for key in ("n_positions", "max_position_embeddings", "n_ctx"))
-    return next((int(length) for length in lengths if length), DEFAULT_LENGTH)
+    """The tokens that a model was made to read: `data.seq_len` of a run, or what a model's config.json says."""
+    if hub.is_name(name):
+        return pretrained_lib.HubModel(name, weights=False).max_positions or DEFAULT_LENGTH
+    return pretrained_lib.RunModel(name).max_positions or DEFAULT_LENGTH
 
 
 def _batched(items: Sequence[int], size: int) -> list[Sequence[int]]:
