@@ -173,7 +173,7 @@ def _answers(options: argparse.Namespace, mesh_sizes: dict[str, int], out: Path 
         templates["prompt"],
         templates["answer"],
         options.match,
-        options.limit,
+        options.limit or None,
         options.max_tokens,
         out,
     )

@@ -224,6 +224,7 @@ class SlmAssistLM(TemplateLM):
                 self.vocabulary,
                 mesh=mesh_of(self.loaded.params),
                 max_rows=self.batch_size,
+                stop_ids=self.loaded.stop_ids,
             )
         prompts = [prompt[-room:] or [self.prefix_token_id] for prompt in prompts]
         sampling = _sampling(gen_kwargs, options)
