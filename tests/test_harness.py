@@ -304,6 +304,11 @@ def test_mistakes_are_one_line(run, manager, capsys, arguments, said):
     assert error.startswith("slm-assist: error: ") and re.search(said, error)
 
 
+def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
+    assert main(["evaluate", f"{tmp_path}/nowhere", "--tasks=hellaswag"]) == 2
+    assert "there is no such directory" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_without_the_harness_a_line_says_how_to_install_it():
     names = [name for name in sys.modules if name.partition(".")[0] == "lm_eval" or name.endswith("evals.harness")]
     with mock.patch.dict(sys.modules, dict.fromkeys(names), clear=False):

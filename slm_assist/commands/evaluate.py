@@ -137,8 +137,10 @@ def _offline_if_alone() -> None:
 
 def _tasks(options: argparse.Namespace, mesh_sizes: dict[str, int], out: Path | None) -> int:
     _offline_if_alone()
+    from slm_assist import pretrained
     from slm_assist.evals import evaluating
 
+    pretrained.open_model(options.model, "model", options.step)  # before what takes long
     include = str(Path(options.include).expanduser()) if options.include else None
     manager = evaluating.TaskManager(include_path=include)
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
