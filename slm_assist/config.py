@@ -50,6 +50,11 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.text_field = "text"  # jsonl, parquet, array_record, tfds, seqio: the field with the text
     c.data.domain_field = ""  # dotted field with the domain, as meta.pile_set_name; empty: one domain
     c.data.domain_weights = ""  # DOMAIN=WEIGHT,... | natural | pile (its published ones, the default of pile:)
+    c.data.prompt = ""  # to fine-tune: a template with a record's fields, as "Q: {question}\nA:"; empty: text without
+    c.data.answer = ""  # what follows, as " {answer}". jsonl, parquet, array_record, tfds; see data/templates.py
+    c.data.learn = "answer"  # answer | all (prompt and answer) | regular expression: what it matches in the answer
+    c.data.choices = ""  # words for labels: FIELD:word|word|word (of 0, 1, 2), or FIELD:code=word|code=word; ...
+    c.data.shorten = ""  # field of the prompt to cut where an example is longer than a row; empty: leave it out
     c.data.seq_len = 256  # T: tokens the model sees in a row (a row stores T+1)
     c.data.vocabulary = ""  # SentencePiece model, tokenizer.json or run directory; empty: the teacher's, else train one
     c.data.vocab_size = 2048  # pieces, when a vocabulary is trained
@@ -137,6 +142,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.grow.depth = "zero"  # added layers: zero (add nothing at first, so logits stay) | stack | interleave
     c.grow.noise = 0.01  # tells clones apart, and keeps the logits: part of the RMS of the weights that read them
     c.grow.warmup_steps = -1  # the learning rate's rise in a grown run; -1: optimizer.warmup_steps
+
+    c.init = ml_collections.ConfigDict()
+    c.init.model = ""  # run directory or hf:PATH_OR_NAME whose parameters and shape the student begins with
+    c.init.step = -1  # its saved step; -1: the newest whole one
 
     c.branch = ml_collections.ConfigDict()
     c.branch.run = ""  # go on from a checkpoint of that run, in a run of one's own: to decay from a trunk's plateau

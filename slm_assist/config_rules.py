@@ -8,6 +8,7 @@ import ml_collections
 from slm_assist import plugins
 from slm_assist.assist import representations, schedule, scores, selection, weights
 from slm_assist.assist.stages import Stage, stages
+from slm_assist.data import templates
 from slm_assist.errors import UserError, nearest, one_of
 
 
@@ -51,6 +52,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     if any(step > config.steps for step in config.checkpoint.keep):
         raise UserError(f"checkpoint.keep={config.checkpoint.keep} has a step beyond steps={config.steps}")
     _check_stream(config)
+    templates.check(config.data)
     _check_assist(config)
     _check_select(config)
     _check_represent(config)

@@ -11,7 +11,7 @@ import ml_collections
 from slm_assist import pretrained, roles
 from slm_assist.assist import helpers as helpers_lib
 from slm_assist.assist.own_teacher import is_own
-from slm_assist.data import objectives
+from slm_assist.data import examples, objectives, templates
 from slm_assist.data import rows as rows_lib
 from slm_assist.data.objectives import Objective
 from slm_assist.data.paths import cache_path
@@ -71,6 +71,8 @@ def prepare(
         f"rows of {data.seq_len} tokens: {len(train):,} to train on ({train.tokens:,} tokens), {len(held):,} to "
         f"validate on; {vocabulary.size} pieces; in {prepared.path}"
     )
+    if train.examples:
+        say(f"examples: {examples.describe(prepared.meta['splits'], data.seq_len)}")
     return dataclasses.replace(prepared, vocabulary=vocabulary)
 
 
@@ -107,6 +109,7 @@ def _open(config: ml_collections.ConfigDict, spec: str, vocabulary: Vocabulary |
         validation_fraction=data.validation_fraction,
         cache_dir=data.cache_dir,
         vocabulary=vocabulary and vocabulary.with_sentinels(0),
+        templates=templates.from_config(data),
     )
 
 
@@ -130,6 +133,7 @@ def _rows(
         cores=data.cores,
         progress=config.log.progress,
         part=part,
+        learn=data.learn,
     )
 
 
@@ -176,6 +180,8 @@ def _streamed(config: ml_collections.ConfigDict, stream: "Stream", say: Say) -> 
 def make_objective(config: ml_collections.ConfigDict, prepared: Prepared) -> Objective:
     """What is asked of the rows; of a stream, the Task has decided it."""
     if not config.data.stream:
+        if prepared.train.examples and config.data.objective != "causal":
+            raise UserError(f"data.objective={config.data.objective}: examples are learnt with data.objective=causal")
         return objectives.make(config.data, prepared.vocabulary)
     prefix = prepared.train.has_prefix
     return Objective("prefix" if prefix else "causal", prefix, "as the Task packs", objectives.causal)

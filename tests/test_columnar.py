@@ -121,7 +121,7 @@ OF_TENSORFLOW = (
 
 
 def test_the_wire_format_is_tensorflows():
-    assert columnar.example(OF_TENSORFLOW) == {"none": [], "n": [], "text": ["naïve ".encode() * 22], "x": []}
+    assert columnar.example(OF_TENSORFLOW) == {"none": [], "n": [1, 2**40], "text": ["naïve ".encode() * 22], "x": []}
     assert columnar.example(serialised_example({"text": b"x" * 300, "n": None})) == {"text": [b"x" * 300], "n": []}
     for broken in (OF_TENSORFLOW[:-1], OF_TENSORFLOW + b"\n", b"\x08\x01", b"\n\xff"):
         with pytest.raises(ValueError):

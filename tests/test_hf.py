@@ -14,8 +14,9 @@ import transformers  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from slm_assist import cli, pretrained, sharding  # noqa: E402
+from slm_assist.assist import weights  # noqa: E402
 from slm_assist.errors import UserError  # noqa: E402
-from slm_assist.models import named  # noqa: E402
+from slm_assist.models import Transformer, named  # noqa: E402
 from slm_assist.models.hf import families  # noqa: E402
 from slm_assist.models.hf.export import export  # noqa: E402
 
@@ -198,6 +199,22 @@ def test_a_model_that_no_family_can_say(tmp_path, llama):
     with pytest.raises(UserError, match="there is something"):
         export(loaded.params, loaded.model.config, loaded.vocabulary, llama)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["pythia", "qwen 3", "gemma 2", "gpt 2"])
+def test_a_student_grown_from_one_begins_where_it_is(tmp_path, name):
+    hub_models.folder(tmp_path, name)
+    small = pretrained.load(f"hf:{tmp_path}")
+    old = small.model.config
+    times = {"d_model": 2, "d_ff": 3, "num_heads": 2, "num_kv_heads": 2, "num_layers": 2}
+    new = dataclasses.replace(old, **{field: getattr(old, field) * by for field, by in times.items()})
+    grown = weights.grow(small.params, old, new, noise=0.02, key=jax.random.key(0))
+    given = rows(old.vocab_size, 0)
+    expected = our_logits(small.model, small.params, *given)
+    assert apart(our_logits(Transformer(new), grown, *given), expected, given[1]) < 1e-5 * np.abs(expected).max()
+    if old.norm == "layer":
+        with pytest.raises(UserError, match=f"use model.d_model={2 * old.d_model}"):
+            weights.check(old, dataclasses.replace(new, d_model=old.d_model + 8), depth="zero", noise=0.0)
 
 
 @pytest.mark.parametrize("size", ["laptop-small", "gpu-35m", "paper-1.5b"])

@@ -24,7 +24,7 @@ whose sum over the clones of an index is zero.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,9 @@ DEPTHS = ("zero", "stack", "interleave")
 # Fields that change the function whatever the parameters are.
 SAME = (
     "vocab_size", "head_dim", "activation", "gated_mlp", "rope_theta", "norm_eps", "logit_softcap", "pattern", "window",
+    "norm", "attention_bias", "attention_out_bias", "mlp_bias", "qk_norm", "post_norms", "parallel_residual",
+    "positions", "max_positions", "rotary_dim", "rope_scaling", "local_rope_theta", "attention_scale",
+    "attention_softcap",
 )  # fmt: skip
 GROWING = ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads")
 CURES = {  # by default the size says it
@@ -84,6 +87,12 @@ def check(old: ModelConfig, new: ModelConfig, *, depth: str, noise: float) -> st
                 f"model.{name}={ours} is below grow.helper's {theirs}: weights would be lost; "
                 f"use {theirs} or more, or a smaller grow.helper"
             )
+    if new.norm == "layer" and new.d_model % old.d_model:
+        raise UserError(
+            f"model.d_model={new.d_model} is no multiple of grow.helper's {old.d_model}: its norms take a mean over "
+            "the stream, which dimensions that stay zero would move; use "
+            f"model.d_model={-(-new.d_model // old.d_model) * old.d_model}"
+        )
     _check_heads(old, new)
     if depth == "zero" or new.num_groups == old.num_groups:
         return ""
@@ -190,17 +199,47 @@ def grow(
     if old.tie_embeddings and not new.tie_embeddings:
         params = {**params, "head": params["embedding"].T}
     model = Transformer(dataclasses.replace(new, scan_layers=True))
-    growth = Growth(dimensions(old, new, depth), stream_scale(old, new), depth == "zero", noise)
+    growth = Growth(dimensions(old, new, depth), stream_scale(old, new), depth == "zero", noise, new.post_norms)
     init_key, noise_key = jax.random.split(key)
     fresh = model.init(init_key) if growth.dims["embed"].fresh.any() else model.shapes()
     structure = jax.tree.structure(fresh)
     keys = jax.tree.unflatten(structure, list(jax.random.split(noise_key, (structure.num_leaves, new.num_groups))))
-    widened = functools.partial(widen, growth)
-    grown = jax.tree.map(widened, model.logical_axes(), params, fresh, keys, is_leaf=sharding.is_names)
+    params = _norms(params, old, 1.0)
+
+    def widened(path, names, *arrays):
+        return widen(growth, _part(path), names, *arrays)
+
+    axes = model.logical_axes()
+    grown = jax.tree_util.tree_map_with_path(widened, axes, params, fresh, keys, is_leaf=sharding.is_names)
     embedding, final_norm = ends(old, new)
     grown["embedding"] *= embedding
-    grown["final_norm"]["scale"] *= final_norm
+    grown["final_norm"] = jax.tree.map(lambda x: x * final_norm, grown["final_norm"])
+    grown = _norms(grown, new, -1.0)
     return grown if new.scan_layers else unstack(grown, new)
+
+
+def _norms(params: Params, config: ModelConfig, sign: float) -> Params:
+    """Parameters whose norms say their scale, where the model's say how much it is above 1 (and back, with -1)."""
+    if config.norm != "rms_offset":
+        return params
+
+    def one(path, x):
+        return x.astype(jnp.float32) + sign if _part(path) in (NORM, POST_NORM) else x
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+MATRIX, BIAS, NORM, POST_NORM = "matrix", "bias", "norm", "post_norm"
+INSIDE = "inside"  # what stands between normalised values or inside a head, and is only cloned
+
+
+def _part(path: Any) -> str:
+    """What a parameter is, by its name."""
+    *_, owner, name = ("", *(key.key for key in path))
+    if owner.endswith("_norm"):
+        inside = name == "bias" or owner in ("query_norm", "key_norm")
+        return INSIDE if inside else POST_NORM if "post" in owner else NORM
+    return BIAS if name.endswith("bias") else MATRIX
 
 
 def stream_scale(old: ModelConfig, new: ModelConfig) -> float:
@@ -229,30 +268,36 @@ class Growth(NamedTuple):
       stream: `stream_scale`.
       silent: what a layer that repeats the one before it writes to the stream is zero.
       noise: as in `grow`.
+      post_norms: what a layer writes is normalised: then it is silent by the norm's scale, and not by its matrices,
+        which could not learn from zero.
     """
 
     dims: dict[str, Dimension]
     stream: float
     silent: bool
     noise: float
+    post_norms: bool
 
 
-def widen(growth: Growth, names: sharding.Axes, x: jax.Array, new_x: jax.Array, keys: jax.Array) -> jax.Array:
+def widen(
+    growth: Growth, part: str, names: sharding.Axes, x: jax.Array, new_x: jax.Array, keys: jax.Array
+) -> jax.Array:
     """A parameter with the dimensions `names`, grown along those of them that grow.
 
     Args:
+      part: what it is, `_part`.
       new_x: a new parameter of the grown shape; looked at only where a dimension that it consumes has fresh indices.
       keys: for the noise, one a layer.
     """
     if "layers" not in names:
-        return widen_one(growth, names, x.astype(jnp.float32), new_x, keys[0], True)
+        return widen_one(growth, part, names, x.astype(jnp.float32), new_x, keys[0], True)
     source = growth.dims["layers"].source
     speaks = np.diff(source, prepend=-1) != 0 if growth.silent else np.ones(len(source), bool)
 
     def layer(at):
         source, index, key, speaks = at
         new_layer = new_x[index] if growth.dims["embed"].fresh.any() else None
-        return widen_one(growth, names[1:], x[source].astype(jnp.float32), new_layer, key, speaks)
+        return widen_one(growth, part, names[1:], x[source].astype(jnp.float32), new_layer, key, speaks)
 
     # One after the other: what is gathered from other devices on the way is a layer's.
     return jax.lax.map(layer, (source, np.arange(len(source)), keys, speaks))
@@ -260,6 +305,7 @@ def widen(growth: Growth, names: sharding.Axes, x: jax.Array, new_x: jax.Array, 
 
 def widen_one(
     growth: Growth,
+    part: str,
     names: sharding.Axes,
     x: jax.Array,
     new_x: jax.Array | None,
@@ -277,10 +323,17 @@ def widen_one(
         if name in dims and not np.array_equal(dims[name].source, np.arange(x.shape[axis])):
             x = jnp.take(x, dims[name].source, axis=axis, mode="clip")
     x = sharding.constrain(x, *names)
-    consumed, *produced = names
-    if not produced:  # the scale of a norm, which undoes the stream's
+    if part == NORM:  # undoes the stream's scale
         return x / growth.stream
+    if part == POST_NORM:  # of what is written to the stream
+        return x * speaks
+    if part == INSIDE:
+        return x
+    consumed, *produced = ("", *names) if part == BIAS else names
     written = _along(~dims["embed"].fresh, names, "embed") if "embed" in produced else True
+    speaks = speaks | growth.post_norms
+    if part == BIAS:
+        return x * growth.stream * written * speaks if "embed" in produced else x
     if "embed" in produced:
         x = x * growth.stream * written
     if consumed not in dims:

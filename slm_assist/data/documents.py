@@ -13,16 +13,25 @@ from slm_assist.errors import UserError
 OnBytes = Callable[[int], Any]
 
 
+class Prompt(NamedTuple):
+    """What stands before an answer; of the characters `cut`, from and up to, the last ones may be left out."""
+
+    text: str
+    cut: tuple[int, int] = (0, 0)
+
+
 class Document(NamedTuple):
     """A text, the domain it is counted under, and its split where the source decides that (else None).
 
-    A pre-tokenised document has `ids`, integers [n] of the vocabulary in use, and an empty text.
+    A pre-tokenised document has `ids`, integers [n] of the vocabulary in use, and an empty text. An example to
+    fine-tune on has a prompt, and its text is the answer.
     """
 
     text: str
     domain: str
     split: str | None = None
     ids: np.ndarray | None = None
+    prompt: Prompt | None = None
 
 
 class Part(NamedTuple):
@@ -51,13 +60,21 @@ class Source:
       total_bytes: size of all files (compressed, where they are), the total that `on_bytes` counts up to.
       splits: whether the source itself says which documents are for validation.
       pretokenised: whether its documents are ids instead of text, which needs their vocabulary.
+      examples: whether its documents are prompts and answers.
     """
 
     def __init__(
-        self, spec: str, parts: list[Part], note: str = "", *, pretokenised: bool = False, splits: bool = False
+        self,
+        spec: str,
+        parts: list[Part],
+        note: str = "",
+        *,
+        pretokenised: bool = False,
+        splits: bool = False,
+        examples: bool = False,
     ):
         self.spec = spec
-        self.pretokenised = pretokenised
+        self.pretokenised, self.examples = pretokenised, examples
         self.splits = splits or any(part.split for part in parts)
         self.total_bytes = sum(part.size for part in parts)
         self._parts, self._note = parts, note
@@ -86,8 +103,7 @@ class Source:
                     raise UserError(f"{part.path}: cannot be read ({reason.splitlines()[0]})") from error
                 if document is None:
                     break
-                text, domain, split, ids = document
-                yield Document(text, domain or part.domain, part.split or split, ids)
+                yield document._replace(domain=document.domain or part.domain, split=part.split or document.split)
 
     def describe(self) -> str:
         """One line: the spec, files, size, what was left out, fingerprint."""

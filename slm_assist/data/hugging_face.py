@@ -71,6 +71,18 @@ class HuggingFaceModel:
         (encoded,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array(self._apart(text, encoded.ids), np.int32)
 
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        ids, spans = list(encoded.ids), list(encoded.offsets)
+        if not self._special_ids.isdisjoint(ids):  # as `_apart`
+            ids, spans, at = [], [], 0
+            for part in self._inside_special.split(text):
+                encoded = self._tokenizer.encode(part, add_special_tokens=False)
+                ids += encoded.ids
+                spans += [(at + start, at + stop) for start, stop in encoded.offsets]
+                at += len(part)
+        return np.array(ids, np.int32), np.array(spans, np.int64).reshape(-1, 2)
+
     def _apart(self, text: str, ids: list[int]) -> list[int]:
         """`ids`, unless the model itself found a special token in the text: then it is spelt in two parts."""
         if self._special_ids.isdisjoint(ids):

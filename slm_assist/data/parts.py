@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_assist.data import cache_dir
-from slm_assist.data.shards import COUNTS, SPLITS, Packer, writers
+from slm_assist.data.shards import EXAMPLE_COUNTS, SPLITS, Packer, writers
 from slm_assist.data.tokenizers import Vocabulary
 from slm_assist.errors import UserError
 
@@ -66,9 +66,9 @@ def write(parts: Path, part: tuple[int, int], make: Callable[[], tuple[Packer, V
         shards = []
         with (scratch / "shards.bin").open("wb") as file:
             for packed in packer:
-                data = memoryview(packed.records).cast("B")
+                data = packed.data
                 file.write(data)
-                counts = [packed.counts[name] for name in COUNTS]
+                counts = list(packed.counts.values())  # in the order of EXAMPLE_COUNTS, which begins with COUNTS
                 shards.append([packed.index, packed.split, data.nbytes, zlib.crc32(data), *counts])
         entry = {
             "format": FORMAT,
@@ -121,7 +121,7 @@ def merge(places: list[Path], directory: Path, seq_len: int) -> tuple[Vocabulary
                 data = files[of].read(size)
                 if index != number or len(data) != size or zlib.crc32(data) != checksum:
                     raise UserError(f"{places[of]}: shard {number} is damaged; delete it and prepare it again")
-                out[split].append(data, dict(zip(COUNTS, counts, strict=True)))
+                out[split].append(data, dict(zip(EXAMPLE_COUNTS, counts, strict=False)))  # text has the first few
             return vocabulary, {split: out[split].finish(first["domains"][split]) for split in SPLITS}
     finally:
         for file in files:

@@ -17,20 +17,23 @@ from slm_assist.data.tokenizers import Vocabulary
 from slm_assist.errors import UserError
 
 
-def row_dtype(seq_len: int, vocab_size: int) -> np.dtype:
-    """The record of one row; `starts` are bits, `ids` take 16 bits where the vocabulary allows."""
-    return np.dtype(
-        [
-            ("checksum", "<u4"),
-            ("length", "<i4"),
-            ("domain", "<i4"),
-            ("starts", "u1", (-(-(seq_len + 1) // 8),)),
-            ("ids", "<u2" if vocab_size <= 1 << 16 else "<u4", (seq_len + 1,)),
-        ]
-    )
+def row_dtype(seq_len: int, vocab_size: int, *, examples: bool = False) -> np.dtype:
+    """The record of one row; `starts` are bits, `ids` take 16 bits where the vocabulary allows.
+
+    Rows of `examples` have `learnt` too, bits that say which ids count as targets.
+    """
+    bits = ("u1", (-(-(seq_len + 1) // 8),))
+    fields = [
+        ("checksum", "<u4"),
+        ("length", "<i4"),
+        ("domain", "<i4"),
+        ("starts", *bits),
+        ("ids", "<u2" if vocab_size <= 1 << 16 else "<u4", (seq_len + 1,)),
+    ]
+    return np.dtype([*fields, ("learnt", *bits)] if examples else fields)
 
 
-def _checksums(records: np.ndarray) -> np.ndarray:
+def checksums(records: np.ndarray) -> np.ndarray:
     """CRC-32 of each record behind its checksum."""
     raw = np.ascontiguousarray(records).view(np.uint8).reshape(len(records), -1)
     return np.array([zlib.crc32(row[4:]) for row in raw], np.uint32)
@@ -72,13 +75,13 @@ def pack(
     starts_NxR = rows_of(starts, False, bool)
     records["starts"] = np.packbits(starts_NxR, axis=1)
     records["length"] = np.minimum(kept - np.arange(n_rows) * row_ids, row_ids)
-    records["domain"] = _majority(rows_of(np.repeat(domains, lengths), -1, np.int64))
-    records["checksum"] = _checksums(records)
+    records["domain"] = majority(rows_of(np.repeat(domains, lengths), -1, np.int64))
+    records["checksum"] = checksums(records)
     mask = causal(records["ids"], starts_NxR, records["length"])["mask"]
     return records, int(mask.sum())
 
 
-def _majority(domain_NxR: np.ndarray) -> np.ndarray:
+def majority(domain_NxR: np.ndarray) -> np.ndarray:
     """The commonest domain >= 0 of each row; of equals, the lowest."""
     present = np.unique(domain_NxR[domain_NxR >= 0])
     counts = np.stack([(domain_NxR == domain).sum(axis=1) for domain in present])
@@ -94,15 +97,16 @@ class Rows:
       tokens: number of targets in all rows, the sum of all masks.
       fingerprint: hex, over the vocabulary and the contents of all rows.
       vocabulary: the vocabulary of the ids.
+      examples: whether they are made of prompts and answers, of which only some targets count.
     """
 
-    def __init__(self, path: Path, meta: dict, seq_len: int, vocabulary: Vocabulary):
+    def __init__(self, path: Path, meta: dict, seq_len: int, vocabulary: Vocabulary, *, examples: bool = False):
         """Maps the file `path`; `meta` is its entry in meta.json. UserError if its size is not as noted."""
-        self.seq_len, self.vocabulary, self._path = seq_len, vocabulary, path
+        self.seq_len, self.vocabulary, self.examples, self._path = seq_len, vocabulary, examples, path
         self.domains: list[str] = list(meta["domains"])
         self.tokens: int = meta["tokens"]
         self.fingerprint: str = meta["fingerprint"]
-        dtype = row_dtype(seq_len, vocabulary.size)
+        dtype = row_dtype(seq_len, vocabulary.size, examples=examples)
         size, written = path.stat().st_size if path.exists() else 0, meta["rows"] * dtype.itemsize
         if size != written:
             raise UserError(f"{path}: {size} bytes where {written} were written; delete {path.parent}")
@@ -117,6 +121,8 @@ class Rows:
     ) -> dict[str, np.ndarray]:
         """Rows as arrays: those of the objective (see objectives.py), and domain, int32 [N].
 
+        The mask of examples is 1 where the target also counts; their objective is `causal`.
+
         Args:
           row_ids: int64 [N].
           objective: what the rows ask of the model.
@@ -128,6 +134,9 @@ class Rows:
         records = self._read(row_ids)
         starts = np.unpackbits(records["starts"], axis=1, count=self.seq_len + 1).view(bool)
         arrays = objective(records["ids"], starts, records["length"], keys)
+        if self.examples:
+            learnt = np.unpackbits(records["learnt"], axis=1, count=self.seq_len + 1)
+            arrays["mask"] = arrays["mask"] * learnt[:, 1:]
         return arrays | {"domain": np.ascontiguousarray(records["domain"], dtype=np.int32)}
 
     def all_ids(self, at_once: int = 4096) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -163,7 +172,7 @@ class Rows:
     def _read(self, row_ids: np.ndarray) -> np.ndarray:
         row_ids = np.asarray(row_ids, np.int64)
         records = np.asarray(self._records[row_ids])
-        damaged = row_ids[_checksums(records) != records["checksum"]]
+        damaged = row_ids[checksums(records) != records["checksum"]]
         if damaged.size:
             raise UserError(
                 f"{self._path}: row {damaged[0]} is damaged on disk; delete {self._path.parent}, the same "

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_assist.data import parts
+from slm_assist.data import examples, parts
 from slm_assist.data.cache_dir import install, locked, scratch, sync
 from slm_assist.data.documents import Source
 from slm_assist.data.paths import cache_path
@@ -61,12 +61,14 @@ def prepare(
     shard_documents: int = 256,
     sample_bytes: int = SAMPLE_BYTES,
     part: tuple[int, int] | None = None,
+    learn: str = "answer",
 ) -> Prepared | None:
     """Tokenizes a corpus into rows of `seq_len` targets, or opens what an earlier call made of it.
 
     Args:
       source: the corpus. Where it does not say itself which documents are for validation,
-        `validation_fraction` of them are, by a hash of their text (so that copies stay on one side).
+        `validation_fraction` of them are, by a hash of their text, of examples the prompt's (so that copies
+        stay on one side).
       vocabulary: the vocabulary to use; None learns one of `vocab_size` pieces from about `sample_bytes` of
         the training documents. Ids need theirs.
       seq_len: T; a row stores T + 1 ids.
@@ -77,6 +79,7 @@ def prepare(
       shard_documents: documents in a shard.
       part: (i, n) makes part i of n and nothing else, see parts.py. Who makes the last one merges them;
         otherwise, once all are there, the next call without `part` does.
+      learn: which targets of examples count, see examples.py; of text all do.
 
     Returns:
       The rows, or None where other parts are missing.
@@ -86,6 +89,7 @@ def prepare(
         left but whole parts.
     """
     by_hash = not (source.splits or validation_source)
+    learn = learn if source.examples else None
     _check_arguments(source, validation_source, vocabulary, seq_len, validation_fraction if by_hash else None)
     settings = {
         "format": FORMAT,
@@ -95,7 +99,7 @@ def prepare(
         "seq_len": seq_len,
         "vocabulary": vocabulary.fingerprint if vocabulary else ["bpe", vocab_size, sample_bytes],
         "shard": [shard_documents, SHARD_CHARACTERS],
-    }
+    } | ({"examples": [examples.FORMAT, learn]} if learn else {})
     cache_dir = cache_path(cache_dir)
     path = cache_dir / _key(settings)
     if (prepared := _open_if_whole(path)) is not None:
@@ -105,7 +109,7 @@ def prepare(
     def packer() -> tuple[Packer, Vocabulary]:
         used = vocabulary or train_vocabulary(corpus.training_texts(), vocab_size, sample_bytes=sample_bytes)
         options = {"cores": cores or os.cpu_count() or 1, "shard_documents": shard_documents, "part": part or (0, 1)}
-        return Packer(corpus, used, seq_len, **options), used
+        return Packer(corpus, used, seq_len, learn=learn, **options), used
 
     parts_path = path.with_name(f"{path.name}.parts")
     try:
@@ -124,8 +128,8 @@ def prepare(
                 made, used = packer()
                 splits = write_rows(made, temporary, used, seq_len)
             used.save(temporary / "tokenizer")
-            _check_sizes(splits, seq_len, by_hash, validation_fraction)
-            _write_meta(temporary, source, used, seq_len, splits)
+            _check_sizes(splits, seq_len, by_hash, validation_fraction, learn)
+            _write_meta(temporary, source, used, seq_len, splits, learn)
             sync(temporary)
             install(temporary, path)
             shutil.rmtree(parts_path, ignore_errors=True)
@@ -146,14 +150,23 @@ def _check_arguments(
         raise UserError(f"data.seq_len={seq_len}: use at least 1")
     if fraction is not None and not 0 < fraction < 1:
         raise UserError(f"data.validation_fraction={fraction}: use a number between 0 and 1, such as 0.01")
+    if validation and validation.examples != source.examples:
+        raise UserError(
+            f"data.validation={validation.spec}: examples and text do not mix; give both or neither prompts"
+        )
     for ids in (s for s in (source, validation) if s and s.pretokenised and not vocabulary):
         raise UserError(f"source {ids.spec}: it holds ids, not text; set data.vocabulary to the vocabulary they are of")
 
 
 def _write_meta(
-    directory: Path, source: Source, vocabulary: Vocabulary, seq_len: int, splits: dict[str, dict[str, Any]]
+    directory: Path,
+    source: Source,
+    vocabulary: Vocabulary,
+    seq_len: int,
+    splits: dict[str, dict[str, Any]],
+    learn: str | None,
 ) -> None:
-    meta = {
+    meta = ({"learn": learn} if learn else {}) | {
         "format": FORMAT,
         "source": source.describe(),
         "seq_len": seq_len,
@@ -193,7 +206,8 @@ def open_rows(path: str | Path) -> Prepared:
         vocabulary = Vocabulary.load(path / "tokenizer")
         if vocabulary.fingerprint != meta["vocabulary"]:
             raise UserError(f"{path / 'tokenizer'}: not the vocabulary of these rows; delete {path}")
-        rows = {s: Rows(path / f"{s}.rows", meta["splits"][s], meta["seq_len"], vocabulary) for s in SPLITS}
+        options = {"seq_len": meta["seq_len"], "vocabulary": vocabulary, "examples": "learn" in meta}
+        rows = {split: Rows(path / f"{split}.rows", meta["splits"][split], **options) for split in SPLITS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -201,9 +215,16 @@ def open_rows(path: str | Path) -> Prepared:
     return Prepared(path, vocabulary, rows["train"], rows["validation"], meta)
 
 
-def _check_sizes(splits: dict[str, dict], seq_len: int, by_hash: bool, fraction: float) -> None:
-    """UserError unless either split fills at least one row."""
+def _check_sizes(splits: dict[str, dict], seq_len: int, by_hash: bool, fraction: float, learn: str | None) -> None:
+    """UserError unless either split fills at least one row, or has an example that fits one."""
     need = seq_len + 1
+    for split, counts in splits.items():
+        if learn is not None and not counts["rows"]:
+            use = {"train": "train on", "validation": "validate on"}[split]
+            why = examples.left_out(counts) or "give more, raise data.validation_fraction or set data.validation"
+            raise UserError(f"no example to {use}: {why}")
+    if learn is not None:
+        return
     if splits["train"]["ids"] < need:
         raise UserError(
             f"the training text is {splits['train']['ids']} tokens, too few for one row of {need}: give more "

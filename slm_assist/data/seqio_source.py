@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from slm_assist.data import seqio_tasks
 from slm_assist.data.documents import Document, OnBytes, Part, Source
 from slm_assist.data.tokenizers import Vocabulary
 from slm_assist.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from slm_assist.data.templates import Templates
 
 _TFDS = re.compile(r"tfds:(?P<name>(?:huggingface:)?[^:]+(?::[\d*]+\.[\d*]+\.[\d*]+)?)(?::(?P<split>.+))?")
 _PROBED = 64  # documents whose contents are in the fingerprint of a Task
@@ -46,7 +49,12 @@ class SeqioSource(Source):
 
 
 def open_tfds(
-    spec: str, *, text_field: str = "text", domain_field: str = "", vocabulary: Vocabulary | None = None
+    spec: str,
+    *,
+    text_field: str = "text",
+    domain_field: str = "",
+    vocabulary: Vocabulary | None = None,
+    templates: "Templates | None" = None,
 ) -> SeqioSource:
     """A set of tensorflow-datasets as documents, in the order of its files.
 
@@ -57,6 +65,7 @@ def open_tfds(
       spec: tfds:NAME[/CONFIG][:VERSION][:SPLIT]; SPLIT may be a part, as `train[:10%]`.
       text_field, domain_field: features, with dots into inner ones; a domain may be a string or a class label.
       vocabulary: not used, text needs none.
+      templates: makes examples of the features that they name, instead of text.
 
     Raises:
       UserError: unknown set, one that is not prepared, no such split or field; says what to do.
@@ -65,11 +74,13 @@ def open_tfds(
         raise UserError(f"source {spec!r}: write tfds:NAME:SPLIT, as tfds:c4/en:train")
     builder = seqio_tasks.tfds_builder(spec, match["name"])
     info = builder.info
-    _feature(spec, info.features, text_field, "text_field")
+    for name, key in templates.key_of.items() if templates else [(text_field, "text_field")]:
+        _feature(spec, info.features, name, key)
     label = _feature(spec, info.features, domain_field, "domain_field") if domain_field else None
     shards = {name: [split.num_bytes, list(split.shard_lengths or [])] for name, split in sorted(info.splits.items())}
     identity = [info.full_name, str(info.version), shards]
-    read = partial(_read_tfds, builder=builder, text_field=text_field, domain_field=domain_field, label=label)
+    fields = {"text_field": text_field, "domain_field": domain_field, "label": label, "templates": templates}
+    read = partial(_read_tfds, builder=builder, **fields)
     parts, examples = [], 0
     for split, use in _splits(spec, match["split"] or "", info.splits):
         try:
@@ -81,11 +92,12 @@ def open_tfds(
             ) from error
         examples += part.num_examples
         size = getattr(part, "num_bytes", 0) or 0
-        options = f"{split} {text_field} {domain_field}"
+        options = f"{split} {templates.options if templates else text_field} {domain_field}"
         parts.append(
             Part(Path(spec), size, digest(identity), info.name, partial(read, spec=spec, split=split), use, options)
         )
-    return SeqioSource(spec, parts, f"{info.full_name}, {examples:,} examples in {builder.data_path}")
+    note = f"{info.full_name}, {examples:,} examples in {builder.data_path}"
+    return SeqioSource(spec, parts, note, examples=templates is not None)
 
 
 def _splits(spec: str, split: str, there: Any) -> list[tuple[str, str | None]]:
@@ -118,21 +130,25 @@ def _read_tfds(
     text_field: str,
     domain_field: str,
     label: Any,
+    templates: "Templates | None",
 ) -> Iterator[Document]:
     _, tfds, _ = seqio_tasks.modules(spec)
     one_by_one = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=one_by_one)
     for number, record in enumerate(_records(spec, dataset)):
         where = f"source {spec}, example {number}"
-        text = _string(_value(record, text_field), where, text_field, "text_field")
-        on_bytes(len(text.encode()))
+        if templates:
+            document = templates.document(record, "", where)
+        else:
+            document = Document(_string(_value(record, text_field), where, text_field, "text_field"), "")
+        on_bytes(len(document.text.encode()) + len(document.prompt.text.encode() if templates else b""))
         domain = ""
         if domain_field:
             domain = _value(record, domain_field)
             known = hasattr(label, "int2str") and np.ndim(domain) == 0 and domain >= 0
             domain = label.int2str(int(domain)) if known else _string(domain, where, domain_field, "domain_field")
-        if text:
-            yield Document(text, domain)
+        if document.text:
+            yield document._replace(domain=domain)
 
 
 def _records(spec: str, dataset: Any) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from slm_assist.data import examples
 from slm_assist.data.documents import Document, OnBytes, Source
 from slm_assist.data.pretokenised import check_ids, without_marks
 from slm_assist.data.row_store import pack, row_dtype
@@ -47,7 +48,9 @@ class Corpus:
             return "train"
         if document.split:
             return document.split
-        if document.ids is None:
+        if document.prompt is not None:  # a prompt with several answers stays on one side
+            content = document.prompt.text.encode()
+        elif document.ids is None:
             content = document.text.encode()
         else:
             content = np.ascontiguousarray(document.ids, "<i8").tobytes()
@@ -71,7 +74,7 @@ class Corpus:
         with self.bar("vocabulary") as bar:
             for document in self.documents(bar.update):
                 if document.split == "train":
-                    yield document.text
+                    yield (document.prompt.text if document.prompt else "") + document.text
 
 
 def _checked(source: Source, on_bytes: OnBytes, vocabulary: Vocabulary | None) -> Iterator[Document]:
@@ -88,16 +91,17 @@ class Shard:
 
     def __init__(self, split: str):
         self.split = split
-        self.documents: list[str | np.ndarray] = []
+        self.documents: list[str | np.ndarray | Document] = []  # examples stay documents
         self.domains: list[int] = []
         self.characters = 0
         self.bytes_read = 0
 
     def add(self, document: Document, domain: int) -> None:
         content = document.text if document.ids is None else document.ids
-        self.documents.append(content)
+        self.documents.append(document if document.prompt else content)
         self.domains.append(domain)
         self.characters += len(content) * (1 if document.ids is None else _CHARACTERS_OF_AN_ID)
+        self.characters += len(document.prompt.text) if document.prompt else 0
 
 
 def cut(
@@ -133,11 +137,21 @@ class Packed(NamedTuple):
     counts: dict[str, int]
     bytes_read: int
 
+    @property
+    def data(self) -> memoryview:
+        """The bytes of the rows; there may be none."""
+        return memoryview(self.records.view(np.uint8))
+
 
 COUNTS = ("rows", "documents", "ids", "tokens", "bytes")
+EXAMPLE_COUNTS = (*COUNTS, *examples.COUNTS)
 
 
-def _pack_shard(index: int, shard: Shard, vocabulary: Vocabulary, dtype: np.dtype) -> Packed:
+def _pack_shard(index: int, shard: Shard, vocabulary: Vocabulary, dtype: np.dtype, learn: str | None = None) -> Packed:
+    if learn is not None:
+        records, counts = examples.pack(shard.documents, shard.domains, vocabulary, dtype, learn)
+        counts |= {"rows": len(records), "ids": int(records["length"].sum())}
+        return Packed(index, shard.split, records, {name: counts[name] for name in EXAMPLE_COUNTS}, shard.bytes_read)
     ids, size = [], 0
     for content in shard.documents:
         if isinstance(content, str):
@@ -154,15 +168,18 @@ def _pack_shard(index: int, shard: Shard, vocabulary: Vocabulary, dtype: np.dtyp
 class Packer:
     """All rows of a corpus, or those of the shards whose number is `part[0]` modulo `part[1]`, in order.
 
+    Of examples `learn` says which targets count (see examples.py); None: the documents are none.
+
     After iterating, `shards` is the number of all shards, and `domains[split]` has every domain's index.
     """
 
     def __init__(self, corpus: Corpus, vocabulary: Vocabulary, seq_len: int, *, cores: int, shard_documents: int,
-                 part: tuple[int, int] = (0, 1)):  # fmt: skip
+                 part: tuple[int, int] = (0, 1), learn: str | None = None):  # fmt: skip
         self.shards = 0
         self.domains: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
         self._corpus, self._vocabulary, self._cores = corpus, vocabulary, cores
-        self._dtype, self._shard_documents, self._part = row_dtype(seq_len, vocabulary.size), shard_documents, part
+        self._dtype = row_dtype(seq_len, vocabulary.size, examples=learn is not None)
+        self._shard_documents, self._part, self._learn = shard_documents, part, learn
 
     def __iter__(self) -> Iterator[Packed]:
         pending: deque[Future[Packed]] = deque()
@@ -181,7 +198,8 @@ class Packer:
 
             for shard in cut(self._corpus, self._vocabulary, self._shard_documents, self.domains):
                 if self.shards % parts == mine:
-                    pending.append(pool.submit(_pack_shard, self.shards, shard, self._vocabulary, self._dtype))
+                    job = (self.shards, shard, self._vocabulary, self._dtype, self._learn)
+                    pending.append(pool.submit(_pack_shard, *job))
                 self.shards += 1
                 yield from done(at_most=2 * self._cores)
             yield from done(at_most=0)
@@ -201,7 +219,7 @@ class SplitWriter:
         self.file.write(data)
         self._digest.update(data)
         for name, value in counts.items():
-            self._counts[name] += value
+            self._counts[name] = self._counts.get(name, 0) + value
 
     def finish(self, domains: list[str]) -> dict[str, Any]:
         """Closes the file; returns its entry for meta.json."""
@@ -224,5 +242,5 @@ def write_rows(packer: Packer, directory: Path, vocabulary: Vocabulary, seq_len:
     """Writes both splits' files; returns their entries for meta.json."""
     with writers(directory, vocabulary, seq_len) as files:
         for packed in packer:
-            files[packed.split].append(memoryview(packed.records).cast("B"), packed.counts)
+            files[packed.split].append(packed.data, packed.counts)
         return {split: writer.finish(list(packer.domains[split])) for split, writer in files.items()}

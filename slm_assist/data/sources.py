@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slm_assist.data import columnar, pretokenised, text_files
 from slm_assist.data.documents import Document, OnBytes, Part, Source
@@ -11,6 +11,9 @@ from slm_assist.data.paths import digests, find
 from slm_assist.data.python_source import python_files
 from slm_assist.data.tokenizers import Vocabulary
 from slm_assist.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from slm_assist.data.templates import Templates
 
 __all__ = ["Document", "OnBytes", "Part", "Source", "is_pretokenised", "open_source"]
 
@@ -22,6 +25,7 @@ _READ_RECORDS = {
     "array_record": columnar.read_array_record,
 }
 _PRETOKENISED = ("nanogpt", "megatron")
+_WITH_FIELDS = (*_READ_RECORDS, "tfds")
 KINDS = ("text", "jsonl", "pile", "python", "parquet", "array_record", *_PRETOKENISED, "tfds", "seqio")
 
 
@@ -33,6 +37,7 @@ def open_source(
     validation_fraction: float = PYTHON_VALIDATION_FRACTION,
     cache_dir: str | Path | None = None,
     vocabulary: Vocabulary | None = None,
+    templates: "Templates | None" = None,
 ) -> Source:
     """Finds a source's files and fingerprints them.
 
@@ -53,13 +58,14 @@ def open_source(
         `package.module:function`  your own: it takes nothing and gives an iterator of `Document`, the same
           each time. `function.fingerprint` (a string, or a function of nothing that gives one) must change
           when the documents do. Optional: `function.splits = True` if each document has its split,
-          `function.pretokenised = True` if documents have ids.
+          `function.pretokenised = True` if documents have ids, `function.examples = True` if they have prompts.
         `~` and `**` work in globs; the files of a glob come in sorted order. Files may be in buckets (gs://).
       text_field, domain_field: of records, where text and domain stand; dots lead into inner objects
         (`meta.pile_set_name`). Without a `domain_field` the domain is the kind of the source.
       validation_fraction: of `python:`, about which part of each domain is for validation.
       cache_dir: remembers there the hashes of files that have not changed (by size and time of change).
       vocabulary: what the ids of pre-tokenised sources mean; text needs none.
+      templates: makes examples, prompts and answers, of records that have fields.
 
     Raises:
       UserError: unknown kind, no file matches, an empty file, one that cannot be read, ids without a vocabulary.
@@ -70,6 +76,8 @@ def open_source(
         raise UserError(
             f"source {spec!r}: write KIND:GLOB with one of {', '.join(KINDS)}, or package.module:function{hint}"
         )
+    if templates:
+        check_has_fields(spec)
     if kind in _PRETOKENISED and vocabulary is None:
         raise UserError(f"source {spec}: it holds ids, not text; set data.vocabulary to the vocabulary they are of")
     if kind == "python":
@@ -78,7 +86,9 @@ def open_source(
         from slm_assist.data import seqio_source
 
         options = {"text_field": text_field, "domain_field": domain_field, "vocabulary": vocabulary}
-        return {"tfds": seqio_source.open_tfds, "seqio": seqio_source.open_seqio}[kind](spec, **options)
+        if kind == "tfds":
+            return seqio_source.open_tfds(spec, **options, templates=templates)
+        return seqio_source.open_seqio(spec, **options)
     if kind not in KINDS:
         return _custom(spec)
     if kind == "megatron":
@@ -94,8 +104,19 @@ def open_source(
         return Source(spec, [Part(p, *known[p], kind, read) for p in paths], pretokenised=True)
     if kind == "pile":
         kind, text_field, domain_field = "jsonl", "text", PILE_DOMAIN_FIELD
-    read = partial(_READ_RECORDS[kind], text_field=text_field, domain_field=domain_field)
-    return Source(spec, [Part(p, *known[p], kind, read, options=f"{text_field} {domain_field}") for p in paths])
+    read = partial(_READ_RECORDS[kind], text_field=text_field, domain_field=domain_field, templates=templates)
+    options = f"{templates.options if templates else text_field} {domain_field}"
+    parts = [Part(p, *known[p], kind, read, options=options) for p in paths]
+    return Source(spec, parts, examples=templates is not None)
+
+
+def check_has_fields(spec: str, key: str = "source") -> None:
+    """Raises `UserError` unless the records of a source of this name have fields to make examples of."""
+    if spec.partition(":")[0] not in _WITH_FIELDS:
+        raise UserError(
+            f"{key}={spec}: data.prompt and data.answer need records with fields: use "
+            f"{', '.join(f'{kind}:' for kind in _WITH_FIELDS)} or a function that gives examples, without templates"
+        )
 
 
 def is_pretokenised(spec: str) -> bool:
@@ -145,26 +166,34 @@ def _custom(spec: str) -> Source:
     if not isinstance(fingerprint, str) or not fingerprint:
         name = spec.partition(":")[2]
         raise UserError(f"data.source={spec}: set {name}.fingerprint to a string that changes when the documents do")
-    flags = {name: bool(getattr(function, name, False)) for name in ("splits", "pretokenised")}
-    read = partial(_read_custom, spec=spec, function=function, pretokenised=flags["pretokenised"])
+    flags = {name: bool(getattr(function, name, False)) for name in ("splits", "pretokenised", "examples")}
+    read = partial(
+        _read_custom, spec=spec, function=function, pretokenised=flags["pretokenised"], examples=flags["examples"]
+    )
     return Source(spec, [Part(Path(spec), 0, fingerprint, spec.partition(":")[2], read)], **flags)
 
 
 def _read_custom(
-    path: Path, on_bytes: OnBytes, spec: str, function: Callable[[], Iterator[Document]], pretokenised: bool
+    path: Path,
+    on_bytes: OnBytes,
+    spec: str,
+    function: Callable[[], Iterator[Document]],
+    pretokenised: bool,
+    examples: bool,
 ) -> Iterator[Document]:
     """The documents of a user's function, checked for what would otherwise fail far from here."""
     for number, document in enumerate(_given(spec, function)):
         where = f"source {spec}, document {number}"
-        wanted = "with ids" if pretokenised else "with a text"
-        if not isinstance(document, Document) or (document.ids is not None) != pretokenised:
+        wanted = "with ids" if pretokenised else "with a prompt" if examples else "with a text"
+        has = isinstance(document, Document) and (document.ids is not None, document.prompt is not None)
+        if has != (pretokenised, examples):
             raise UserError(f"{where}: {_short(document)} is no slm_assist.data.sources.Document {wanted}")
         if not isinstance(document.text, str) or not isinstance(document.domain, str):
             raise UserError(f"{where}: text and domain must be strings")
         if document.split not in (None, "train", "validation"):
             raise UserError(f"{where}: split {document.split!r}; give 'train', 'validation' or None")
         try:
-            document.text.encode()
+            (document.text + (document.prompt.text if examples else "")).encode()
         except UnicodeEncodeError as error:
             raise UserError(f"{where}: half a surrogate pair at {error.start}; mend it") from error
         if document.text or pretokenised:

@@ -4,11 +4,14 @@ import codecs
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slm_assist.data import compressed
 from slm_assist.data.documents import Document, OnBytes
 from slm_assist.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from slm_assist.data.templates import Templates
 
 BLOCK = 1 << 20
 _SHORTEST, _LONGEST = 2048, 6144  # characters in a piece of a text file that is cut into documents
@@ -60,7 +63,9 @@ def _cut(text: str, start: int) -> int:
     return start + _LONGEST
 
 
-def read_jsonl(path: Path, on_bytes: OnBytes, text_field: str, domain_field: str) -> Iterator[Document]:
+def read_jsonl(
+    path: Path, on_bytes: OnBytes, text_field: str, domain_field: str, templates: "Templates | None" = None
+) -> Iterator[Document]:
     """One JSON object a line; blank lines and empty texts are skipped.
 
     Raises:
@@ -82,27 +87,41 @@ def read_jsonl(path: Path, on_bytes: OnBytes, text_field: str, domain_field: str
             raise UserError(f"{where}: JSON nested too deeply to be read; each line must be one object") from error
         if not isinstance(record, dict):
             raise UserError(f"{where}: a JSON {type(record).__name__}, not an object with a {text_field!r} field")
-        text, domain = fields(record, text_field, domain_field, where)
-        if text:
-            yield Document(text, domain)
+        document = document_of(record, text_field, domain_field, where, templates)
+        if document.text:
+            yield document
     if empty:
         raise UserError(f"{path}: no JSON line in it; leave it out")
 
 
-def fields(record: Mapping[str, Any], text_field: str, domain_field: str, where: str) -> tuple[str, str]:
-    """Text and domain of a record; without a `domain_field` the domain is empty. `where` is for errors."""
-    text = _field(record, text_field, where, "text_field")
-    return text, _field(record, domain_field, where, "domain_field") if domain_field else ""
+def document_of(
+    record: Mapping[str, Any], text_field: str, domain_field: str, where: str, templates: "Templates | None" = None
+) -> Document:
+    """A record as text, or by `templates` as an example; without a `domain_field` the domain is empty.
+
+    Raises:
+      UserError: the record has no such field, or no text there; `where` names it.
+    """
+    if templates:
+        return templates.document(record, domain_field, where)
+    text = field(record, text_field, where, "text_field")
+    return Document(text, field(record, domain_field, where, "domain_field") if domain_field else "")
 
 
-def _field(record: Mapping[str, Any], name: str, where: str, key: str) -> str:
-    """The string at `name`, taken literally if it is there, else dot by dot; `key` is the setting's name."""
+def value_at(record: Mapping[str, Any], name: str, where: str, key: str) -> Any:
+    """What stands at `name`, taken literally if it is there, else dot by dot; `key` is the setting's name."""
     value: Any = record
     for part in [name] if name in record else name.split("."):
         if not isinstance(value, Mapping) or part not in value:
             has = sorted(value)[:8] if isinstance(value, Mapping) else []
             raise UserError(f"{where}: no field {name!r}{nearest(part, has)}; it has {has}: set data.{key}")
         value = value[part]
+    return value
+
+
+def field(record: Mapping[str, Any], name: str, where: str, key: str) -> str:
+    """The string at `name`, as `value_at` finds it."""
+    value = value_at(record, name, where, key)
     if not isinstance(value, str):
         raise UserError(f"{where}: field {name!r} is a {type(value).__name__}, not a string: set data.{key}")
     try:

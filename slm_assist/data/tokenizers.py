@@ -119,6 +119,15 @@ class Vocabulary:
         """Ids of `text` as an integer array [n]. Safe and parallel in threads: no lock is held meanwhile."""
         return self._inside.encode_array(text)
 
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """`encode_array(text)`, and which characters of `text` each id stands for.
+
+        Returns:
+          ids: int [n]; spans: int64 [n, 2], from and up to, not with, which character. A span is empty where an id
+            is a byte of a character that a later id ends, or where it stands for nothing in the text.
+        """
+        return self._inside.encode_with_spans(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; control pieces and sentinels vanish, broken byte sequences become U+FFFD."""
         return self._inside.decode(i for i in ids if not self._inside.size <= i < self.size)
