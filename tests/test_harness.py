@@ -294,7 +294,8 @@ def test_the_papers_group_is_what_can_be_run(run, tmp_path, capsys):
         (["--tasks=arc_easy", "--step=3"], "step 3 was not kept; there are 0"),
         (["--tasks=arc_easy", "--bos=yes", "--optimizer.b1=3"], "--optimizer.b1 is not an option of evaluate"),
         ([], "give --tasks"),
-        (["--answers=jsonl:x"], "--answers needs --prompt"),
+        (["--answers=jsonl:x"], "not fine-tuned with data.prompt"),
+        (["--answers=jsonl:x", "--match=("], "not a regular expression"),
     ],
 )
 def test_mistakes_are_one_line(run, manager, capsys, arguments, said):

@@ -1,7 +1,6 @@
 """`slm-assist evaluate`: tasks of the EleutherAI harness, or exact matches with given answers, on any model."""
 
 import argparse
-import json
 import os
 import ssl
 import urllib.error
@@ -45,7 +44,12 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate.add_argument("--bos", default="auto", choices=("auto", "yes", "no"), help="whether texts begin with BOS")
     evaluate.add_argument("--include", metavar="DIR", default="", help="a directory of task files (YAML)")
     evaluate.add_argument("--run_code", action="store_true", help="tasks such as mbpp may run code the model wrote")
-    evaluate.add_argument("--out", metavar="FILE", default="", help="write the results to this file, JSON")
+    evaluate.add_argument(
+        "--out",
+        metavar="FILE",
+        default="",
+        help="write the results to this file: JSON, or with --answers a line of JSON each",
+    )
     evaluate.add_argument(
         "--samples", metavar="DIR", default="", help="write every question and answer into this directory"
     )
@@ -61,6 +65,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate.add_argument(
         "--answer", metavar="TEMPLATE", default="", help="template of an answer; by default the run's data.answer"
     )
+    evaluate.add_argument("--choices", metavar="JSON", default="", help="as data.choices, for the templates")
     evaluate.add_argument("--max_tokens", metavar="N", type=_count, default=256, help="of a generated answer (256)")
 
 
@@ -165,35 +170,27 @@ def _tasks(options: argparse.Namespace, mesh_sizes: dict[str, int], out: Path | 
 
 
 def _answers(options: argparse.Namespace, mesh_sizes: dict[str, int], out: Path | None) -> int:
-    templates = {name: getattr(options, name) or _of_run(options.model, name) for name in ("prompt", "answer")}
-    from slm_assist.evals.exact_match import run_exact_match
+    from slm_assist.decode.generate import Generator
+    from slm_assist.evals.exact_match import pattern, run_exact_match
 
+    pattern(options.match)  # before what takes long
     loaded = _load(options, mesh_sizes)
     run_exact_match(
         loaded,
         options.answers,
-        templates["prompt"],
-        templates["answer"],
+        options.prompt,
+        options.answer,
         options.match,
         options.limit or None,
         options.max_tokens,
         out,
+        choices=options.choices,
+        writer=Generator(
+            loaded.model,
+            loaded.params,
+            loaded.vocabulary,
+            max_rows=options.rows or 16,
+            stop_ids=loaded.stop_ids,
+        ),
     )
     return 0
-
-
-def _of_run(model: str, name: str) -> str:
-    """The template that a run was fine-tuned with.
-
-    Raises:
-      UserError: the model is no run, or was not fine-tuned with templates.
-    """
-    from slm_assist.run_dir import RunDir
-
-    try:
-        template = json.loads(RunDir(model).config.read_text(encoding="utf-8"))["config"]["data"].get(name)
-    except (OSError, ValueError, KeyError, TypeError):
-        template = None
-    if not template:
-        raise UserError(f"--answers needs --{name}=TEMPLATE: {model} was not fine-tuned with data.{name}")
-    return template
