@@ -65,7 +65,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate.add_argument(
         "--answer", metavar="TEMPLATE", default="", help="template of an answer; by default the run's data.answer"
     )
-    evaluate.add_argument("--choices", metavar="JSON", default="", help="as data.choices, for the templates")
+    evaluate.add_argument("--choices", default="", help="words for labels, as data.choices")
     evaluate.add_argument("--max_tokens", metavar="N", type=_count, default=256, help="of a generated answer (256)")
 
 
