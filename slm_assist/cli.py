@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from slm_assist.commands import generate, hugging_face
+from slm_assist.commands import evaluate, generate, hugging_face
 from slm_assist.errors import UserError
 
 
@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_processes(score)
     _add_select(command)
     hugging_face.add(command)
+    evaluate.add(command)
 
     _add_plan(command)
     generate.add(command)
