@@ -164,6 +164,12 @@ def test_plain_step_and_online_filter(run):
 
 
 @pytest.mark.slow
+def test_import_memory(run):
+    found = run("import_memory", "--gigabytes", "0.002", "--rounds", "1")["read"]
+    assert found["fsdp_1"]["bytes"] == found["fsdp_8"]["bytes"] and 0 < found["fsdp_1"]["largest"]["median"] < 1
+
+
+@pytest.mark.slow
 def test_generate(run):
     found = run(
         "generate", "--size", "1x16", "--vocab", "64", "--rows", "2", "--prompt", "5", "--new", "3", "--rounds", "2"
