@@ -11,7 +11,7 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed; this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-# The core for the quickstart; for the tests also what the other doors need: seqio, TensorFlow, Beam
+# The core for the quickstart; for the tests also what the other doors need: seqio, TensorFlow, Beam, torch, lm_eval
 $(VENV)/core $(VENV)/test: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.$(if $(filter %test,$@),[test])'
 	touch $@

@@ -187,7 +187,8 @@ def _check_before_data(config: ml_collections.ConfigDict, run: RunDir) -> None:
             )
     if not (run.config.is_file() or config.branch.run):
         if config.init.model:
-            shapes.check_vocabulary(config, vocabulary)
+            wanted_sentinels = len(vocabulary.sentinel_ids) or corpus.sentinels(config)
+            shapes.check_vocabulary(config, vocabulary.with_sentinels(wanted_sentinels))
         for role, (directory, step) in wanted.items():
             if own_teacher.is_own(role, directory):
                 own_teacher.check(directory, step)

@@ -9,8 +9,8 @@ from slm_assist.errors import UserError, nearest
 
 
 def is_plugin(name: str) -> bool:
-    """Whether a config's value names a function of somebody's package rather than one of ours."""
-    return ":" in name
+    """Whether a config's value names a function of somebody's package rather than one of ours, or a model (`hf:`)."""
+    return ":" in name and not name.startswith("hf:")
 
 
 def in_use(config: Any) -> list[str]:
