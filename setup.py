@@ -33,9 +33,15 @@ EXTRAS = {
     "beam": ["apache-beam>=2.70", "sentencepiece<0.2.3"],
     "gpu": ["jax[cuda13]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
+    # Downloads from the hub; and what loads an export, for which transformers wants torch too
+    "hf": ["huggingface_hub>=0.30", "safetensors>=0.5", "transformers>=5"],
+    # The EleutherAI harness, the first with TyDiQA; without its own models it needs no torch
+    "eval": ["lm_eval>=0.4.13"],
 }
-EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", *EXTRAS["data"], *EXTRAS["beam"]]
-EXTRAS["all"] = EXTRAS["test"]
+# What imported models and the harness are compared with; torch is the one that this was tested with
+REFERENCES = ["torch==2.13.0", "accelerate>=1"]
+EXTRAS["all"] = [package for name in ("data", "beam", "hf", "eval") for package in EXTRAS[name]]
+EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", *REFERENCES, *EXTRAS["all"]]
 
 setup(
     name="slm_assist",

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
-from slm_assist.commands import hugging_face, plan, report, select
+from slm_assist.commands import evaluate, generate, hugging_face, plan, report, select
 from slm_assist.commands.common import number
 from slm_assist.errors import UserError
 
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--out", required=True, help="directory of the scores; the same command again goes on with it")
     score.add_argument("--part", help="I/N: this process is I of N that share the work")
     _add_processes(score)
-    for module in (select, plan, report, hugging_face):
+    for module in (select, plan, report, hugging_face, evaluate, generate):
         module.add(command)
     return parser
 

@@ -181,6 +181,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.log.tensorboard = True  # [resume: log.*]
     c.log.profile = ()  # first and last update to trace for a profiler, as 100,103: written to RUN/profile
     c.log.progress = True  # a bar with loss, speed, stage and time left
+    c.log.samples = 2  # texts that the finished model writes, for the report; 0: none
     return c
 
 

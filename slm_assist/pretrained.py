@@ -97,10 +97,14 @@ class HubModel:
     Args:
       name: `hf:PATH_OR_NAME`, or `hf:NAME@REVISION`.
       weights: whether they will be needed, or only the shape.
+
+    Attributes:
+      trim: rows that pad the vocabulary are left out.
     """
 
     def __init__(self, name: str, *, weights: bool = True):
         self._given, self.folder = name, hub.Folder(name, weights=weights)
+        self.trim = True
 
     def __str__(self) -> str:
         return self._given
@@ -115,8 +119,9 @@ class HubModel:
         return self._given.removeprefix(hub.PREFIX).rstrip("/").rpartition("/")[2]
 
     def shape(self, *, vocab_size: int | None = None) -> ModelConfig:
-        """Less the rows that pad its vocabulary: `vocab_size` are left, by default the tokenizer's."""
-        return self.folder.shape(self.vocabulary.size if vocab_size is None else vocab_size)
+        """Less the rows that pad its vocabulary: `vocab_size` are left, by default the tokenizer's if `trim`."""
+        most = self.vocabulary.size if self.trim else self.folder.padded_vocab_size
+        return self.folder.shape(most if vocab_size is None else vocab_size)
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
@@ -201,6 +206,7 @@ def load(
     dtype: Any = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
     key: str = "model",
+    trim: bool = True,
     say: Say = print,
 ) -> Loaded:
     """Reads a model onto the devices.
@@ -211,11 +217,15 @@ def load(
       dtype: of the parameters, and what the model computes in.
       mesh: the devices; by default the first one. Parameters lie as the student's of a run do.
       key: what names it, for errors.
+      trim: leave out the rows that pad the vocabulary of one of Hugging Face's. `transformers` gives them a little
+        probability, so with them figures are comparable with those of its users.
 
     Raises:
       UserError: there is no such model, or it cannot be read.
     """
     found = open_model(name, key, step)
+    if isinstance(found, HubModel):
+        found.trim = trim
     model = Transformer(found.shape(), dtype=dtype)
     like = like_student(model, mesh or sharding.make_mesh(data=1), dtype)
     params, step = found.params(like, step=step, say=say)

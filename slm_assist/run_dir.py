@@ -9,6 +9,7 @@ metrics.jsonl  one line an update or a validation
 validation_rows.json  sums of each validation row at the last validation
 profile/       traces of the updates that log.profile names
 selection_sample.npz  some candidates as the scorer sees them, where rows are selected
+samples.json   a few texts by the model at the end
 summary.json   what the run cost; there once it is finished
 tensorboard/   events
 """
@@ -41,6 +42,7 @@ class RunDir:
         self.validation_rows = self.path / "validation_rows.json"
         self.selection_sample = self.path / "selection_sample.npz"
         self.profile = self.path / "profile"
+        self.samples = self.path / "samples.json"
         self.summary = self.path / "summary.json"
         self.tensorboard = self.path / "tensorboard"
 

@@ -14,7 +14,7 @@ import ml_collections
 from tqdm import tqdm
 
 from slm_assist import config as config_lib
-from slm_assist import config_rules, distributed, look, metrics, programs, roles, start, validation
+from slm_assist import config_rules, distributed, look, metrics, programs, roles, samples, start, validation
 from slm_assist import experiment as experiment_lib
 from slm_assist.assist import auto as auto_lib
 from slm_assist.assist import helpers as helpers_lib
@@ -145,8 +145,10 @@ def _run(experiment: Experiment, run: RunDir, say: Say, group: Group, clock: Clo
             checkpoints.check()
         checkpoints.wait()
         clock.lap("save")
+        summary = log.summary(plan)
+        samples.write(experiment, run, state.params, say)
         if group.index == 0:
-            metrics.write_json(run.summary, log.summary(plan))
+            metrics.write_json(run.summary, summary)
         group.wait("end")
 
 

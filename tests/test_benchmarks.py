@@ -161,6 +161,17 @@ def test_plain_step_and_online_filter(run):
     assert found["candidate_tokens_per_second"] and found["overhead"]["forward"]["all"]
 
 
+def test_generate(run):
+    found = run(
+        "generate", "--size", "1x16", "--vocab", "64", "--rows", "2", "--prompt", "5", "--new", "3", "--rounds", "2"
+    )
+    (row,) = found["settings"]
+    cache = 2 * 8 * 2 * 16  # rows, slots, keys and values of the width
+    assert row["bound"]["bytes"] == 4 * (found["parameters"] + cache)
+    assert row["tokens_per_second"] == pytest.approx(2 / row["seconds"]["step"]["median"], rel=1e-3)
+    assert row["of_bound"] > 0 and len(row["speedup"]["all"]) == 2
+
+
 def test_growth(run, common, monkeypatch, tmp_path):
     """With steps whose FLOPs are known: 2 B^2 T of a batch, 2 B a token, on each of n devices 2 B / n."""
     growth, setting = importlib.import_module("growth"), importlib.import_module("setting")

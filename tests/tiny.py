@@ -56,6 +56,7 @@ KEYS = {
     "mesh.data": 1,
     "log.progress": False,
     "log.tensorboard": False,
+    "log.samples": 0,
 }
 
 

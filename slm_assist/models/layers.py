@@ -29,6 +29,7 @@ class Context(NamedTuple):
         "local" ones.
       segment_ids, prefix_mask: as in `Transformer.apply`; segment_ids [B, S] of all slots where there is a cache.
       start: int32 [], the slot of the first token in the cache of keys and values; None without one.
+      group: int32 [], which part of the cache is this layer's, where one array has that of several; else None.
     """
 
     rotary: tuple[jax.Array, jax.Array] | None
@@ -36,6 +37,7 @@ class Context(NamedTuple):
     segment_ids: jax.Array | None
     prefix_mask: jax.Array | None
     start: jax.Array | None = None
+    group: jax.Array | None = None
 
 
 def project(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
@@ -128,12 +130,16 @@ class Attention(nn.Module):
 
         def stored(name, new_BxTxKxH):
             slots = self.variable("cache", name, lambda: None)
-            slots.value = jax.lax.dynamic_update_slice(slots.value, new_BxTxKxH, (0, context.start, 0, 0))
-            return slots.value
+            new, place = new_BxTxKxH.transpose(0, 2, 1, 3), (0, 0, context.start, 0)
+            if context.group is None:
+                slots.value = jax.lax.dynamic_update_slice(slots.value, new, place)
+                return slots.value
+            slots.value = jax.lax.dynamic_update_slice(slots.value, new[None], (context.group, *place))
+            return jax.lax.dynamic_index_in_dim(slots.value, context.group, keepdims=False)
 
-        key_BxSxKxH, value_BxSxKxH = stored("key", key_BxTxKxH), stored("value", value_BxTxKxH)
+        key_BxKxSxH, value_BxKxSxH = stored("key", key_BxTxKxH), stored("value", value_BxTxKxH)
         slots = {"start": context.start, "segment_ids": context.segment_ids}
-        return attend_cached(query_BxTxNxH, key_BxSxKxH, value_BxSxKxH, **slots, **form)
+        return attend_cached(query_BxTxNxH, key_BxKxSxH, value_BxKxSxH, **slots, **form)
 
 
 class Mlp(nn.Module):

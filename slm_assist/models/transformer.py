@@ -39,14 +39,14 @@ class Group(nn.Module):
     @nn.compact
     def __call__(self, carry, context: Context):
         x_BxTxD, index, tapped = carry
-        size = len(self.config.pattern)
+        size, context = len(self.config.pattern), context._replace(group=index)
         for position, kind in enumerate(self.config.pattern):
             layer = rematerialised(Layer, self.remat, in_scan=True)
             x_BxTxD = layer(self.config, self.dtype, self.backend, kind, name=f"layer_{position}")(x_BxTxD, context)
             for tap in self.taps:
                 if tap % size == position:
                     tapped = tapped | {tap: jnp.where(index == tap // size, x_BxTxD, tapped[tap])}
-        return (x_BxTxD, index + 1 if tapped else index, tapped), None
+        return (x_BxTxD, None if index is None else index + 1, tapped), None
 
 
 class Decoder(nn.Module):
@@ -94,13 +94,15 @@ class Decoder(nn.Module):
         c = self.config
         scan = nn.scan(
             Group,
-            variable_axes={"params": 0, "cache": 0},
+            variable_axes={"params": 0},
+            variable_carry="cache",  # each group writes its part: sliced and put together, all of it would be copied
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=c.num_groups,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        start = (x_BxTxD, jnp.int32(0) if taps else None, {tap: jnp.zeros_like(x_BxTxD) for tap in taps})
+        counted = taps or context.start is not None
+        start = (x_BxTxD, jnp.int32(0) if counted else None, {tap: jnp.zeros_like(x_BxTxD) for tap in taps})
         (x_BxTxD, _, tapped), _ = scan(c, self.dtype, self.backend, self.remat, taps, name="groups")(start, context)
         return x_BxTxD, tapped
 
@@ -202,12 +204,15 @@ class Transformer:
     def init_cache(self, rows: int, slots: int) -> Params:
         """Empty keys and values of `slots` tokens in each of `rows` rows, in the compute dtype, for `apply_cached`."""
         c = self.config
-        shape = (rows, slots, c.num_kv_heads, c.head_dim)
+        shape = (rows, c.num_kv_heads, slots, c.head_dim)
         stacked = (c.num_groups, *shape) if c.scan_layers else shape
-        layer = {"attention": {name: jnp.zeros(stacked, self.dtype) for name in ("key", "value")}}
+
+        def layer() -> Params:  # arrays of its own, so that the cache can be donated
+            return {"attention": {name: jnp.zeros(stacked, self.dtype) for name in ("key", "value")}}
+
         if c.scan_layers:
-            return {"groups": {f"layer_{position}": layer for position in range(len(c.pattern))}}
-        return {f"layer_{index}": layer for index in range(c.num_layers)}
+            return {"groups": {f"layer_{position}": layer() for position in range(len(c.pattern))}}
+        return {f"layer_{index}": layer() for index in range(c.num_layers)}
 
     def apply_cached(
         self,

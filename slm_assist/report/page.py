@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_assist.errors import UserError
-from slm_assist.report import coloured, selection_page, selection_plots, tables
+from slm_assist.report import coloured, samples, selection_page, selection_plots, tables
 from slm_assist.report.compare import Comparison, Method
 from slm_assist.report.gifts import gifts
 from slm_assist.report.page_parts import figure_html, table_html
@@ -103,12 +103,12 @@ def page(comparison: Comparison, images: dict[str, bytes], selection: Selection)
         figures.get("buckets.png", ""),
         table_html(tables.part_table(comparison, "buckets", "Final log-perplexity by bucket")),
         table_html(tables.part_table(comparison, "domains", "Final log-perplexity by domain")),
-        selection_page.section(selection, images),
+        selection_page.section(selection, images), samples.section(comparison),
         table_html(tables.gift_table(comparison)), table_html(tables.update_table(comparison)),
         table_html(tables.phase_table(comparison)), figures.get("cost.png", ""),
         table_html(tables.run_table(comparison), "words"),
     ]  # fmt: skip
-    style = STYLE + (coloured.STYLE if selection else "")
+    style = STYLE + samples.STYLE + (coloured.STYLE if selection else "")
     head = f'<meta charset="utf-8"><title>slm_assist report</title><style>{style}</style>'
     content = "\n".join(body)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{content}\n</body></html>\n'

@@ -24,6 +24,7 @@ class Run:
       config: nested settings; facts: measured once, at the start (fingerprints, sizes, hardware, versions).
       summary: totals written at the end, None while the run is unfinished.
       rows: `cross_entropy` and `tokens` of each validation row at the last validation, None where not kept.
+      samples: texts by the finished model, as slm_assist/samples.py writes them, None where there are none.
       train, validation: records of metrics.jsonl in step order; step n means that n updates are done.
     """
 
@@ -32,6 +33,7 @@ class Run:
     facts: dict[str, Any]
     summary: dict[str, Any] | None
     rows: dict[str, Any] | None
+    samples: dict[str, Any] | None
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
 
@@ -173,9 +175,9 @@ def read_run(run_dir: str | Path) -> Run:
     if not isinstance(config, dict) or missing:
         raise UserError(f"{path}/config.json: lacks {'config' if not missing else f'facts.{missing[0]}'}; "
                         "it is not a run of this version of slm_assist")  # fmt: skip
-    summary, rows = (
+    summary, rows, samples = (
         _read_json(path / name) if (path / name).is_file() else None
-        for name in ("summary.json", "validation_rows.json")
+        for name in ("summary.json", "validation_rows.json", "samples.json")
     )
     records = read_metrics(path)
     by_step = {record["step"]: record for record in records if record.get("kind") == "validation"}
@@ -188,7 +190,7 @@ def read_run(run_dir: str | Path) -> Run:
     validation = [by_step[step] for step in sorted(by_step)]
     if rows and rows["step"] != validation[-1]["step"]:
         rows = None
-    return Run(path, config, facts, summary, rows, train, validation)
+    return Run(path, config, facts, summary, rows, samples, train, validation)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

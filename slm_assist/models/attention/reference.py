@@ -100,8 +100,8 @@ def capped(logits: jax.Array, softcap: float) -> jax.Array:
 
 def attend_cached(
     query_BxTxNxH: jax.Array,
-    key_BxSxKxH: jax.Array,
-    value_BxSxKxH: jax.Array,
+    key_BxKxSxH: jax.Array,
+    value_BxKxSxH: jax.Array,
     *,
     start: jax.Array,
     segment_ids: jax.Array,
@@ -115,10 +115,10 @@ def attend_cached(
       segment_ids: int32 [B, S], of all slots: a token sees those of its segment, up to its own slot.
 
     Returns:
-      [B, T, N, H] in the dtype of `value_BxSxKxH`.
+      [B, T, N, H] in the dtype of `value_BxKxSxH`.
     """
     B, T, N, H = query_BxTxNxH.shape
-    S, K = key_BxSxKxH.shape[1:3]
+    K, S = key_BxKxSxH.shape[1:3]
     query = start + jnp.arange(T)[:, None]
     key = jnp.arange(S)[None]
     seen_TxS = key <= query
@@ -126,11 +126,14 @@ def attend_cached(
         seen_TxS &= query - key < window
     own_BxT = jax.lax.dynamic_slice_in_dim(segment_ids, start, T, axis=1)
     seen_BxTxS = seen_TxS & (own_BxT[:, :, None] == segment_ids[:, None, :])
-    query_BxTxKxGxH = (query_BxTxNxH * H**-0.5).reshape(B, T, K, N // K, H)
-    logits_BxKxGxTxS = jnp.einsum("btkgh,bskh->bkgts", query_BxTxKxGxH, key_BxSxKxH, preferred_element_type=jnp.float32)
-    weights_BxKxGxTxS = masked_softmax(capped(logits_BxKxGxTxS, softcap), seen_BxTxS[:, None, None])
-    mixed_BxTxKxGxH = jnp.einsum("bkgts,bskh->btkgh", weights_BxKxGxTxS.astype(value_BxSxKxH.dtype), value_BxSxKxH)
-    return mixed_BxTxKxGxH.reshape(B, T, N, H)
+    G = N // K
+    query_BxKxTGxH = (query_BxTxNxH * H**-0.5).reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
+    # The large arrays in the order in which the matmuls want them: no copies.
+    logits_BxKxTGxS = jnp.einsum("bkqh,bksh->bkqs", query_BxKxTGxH, key_BxKxSxH, preferred_element_type=jnp.float32)
+    seen_BxTGxS = jnp.repeat(seen_BxTxS, G, axis=1)
+    weights_BxKxTGxS = masked_softmax(capped(logits_BxKxTGxS, softcap), seen_BxTGxS[:, None])
+    mixed_BxKxTGxH = jnp.einsum("bkqs,bksh->bkqh", weights_BxKxTGxS.astype(value_BxKxSxH.dtype), value_BxKxSxH)
+    return mixed_BxKxTGxH.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
 def visible(queries: slice, length: int, prefix: bool, window: int) -> slice:
