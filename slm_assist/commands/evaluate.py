@@ -23,9 +23,7 @@ MESH_KEYS = ("data", "fsdp", "tensor")
 
 def add(command: Command) -> None:
     """Adds the subcommand."""
-    evaluate = command(
-        "evaluate", run, "evaluate a model: tasks of the EleutherAI harness, or given answers", EXAMPLES, NOTE
-    )
+    evaluate = command("evaluate", run, "evaluate a model, by the EleutherAI harness or given answers", EXAMPLES, NOTE)
     evaluate.add_argument("model", metavar="RUN_OR_HF", help="a run directory, or hf:PATH_OR_NAME")
     evaluate.add_argument("--tasks", default="", help="tasks, tags, groups or task files, separated by commas; paper28")
     evaluate.add_argument(

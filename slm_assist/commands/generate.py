@@ -29,12 +29,10 @@ def add(command: Command) -> None:
     )
     sub.add_argument("--max_tokens", type=number(int), default=128, help="most new tokens of a text (default 128)")
     sub.add_argument(
-        "--temperature", type=number(float), default=0.8, help="divides the logits; 0: the likeliest token (0.8)"
+        "--temperature", type=number(float), default=0.8, help="divides logits; 0: the likeliest token (0.8)"
     )
     sub.add_argument("--top_k", type=number(int), default=0, help="draw among the k likeliest tokens; 0: all")
-    sub.add_argument(
-        "--top_p", type=number(float), default=1.0, help="draw among the likeliest tokens of this probability"
-    )
+    sub.add_argument("--top_p", type=number(float), default=1.0, help="draw among the likeliest of this probability")
     sub.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this string; repeatable")
     sub.add_argument("--seed", type=number(int), default=0, help="of what is drawn")
     sub.add_argument("--samples", type=number(int), default=1, help="texts for each prompt")
@@ -77,8 +75,8 @@ def run(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     )
     if streams:
         print(flush=True)
-    for number, (prompt, text) in enumerate([] if streams else zip(prompts, texts, strict=True)):
-        title = f"=== prompt {number // options.samples + 1}, sample {number % options.samples + 1}: {prompt!r}"
+    for n, (prompt, text) in enumerate([] if streams else zip(prompts, texts, strict=True)):
+        title = f"=== prompt {n // options.samples + 1}, sample {n % options.samples + 1}: {prompt!r}"
         print(json.dumps({"prompt": prompt, "text": text}) if options.json else f"{title}\n{text}\n", flush=True)
     _aside(generator.speed.describe())
     return 0
