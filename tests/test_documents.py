@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub_models
 import pytest
 import tiny
 
@@ -28,7 +29,13 @@ SMALL = tiny.KEYS | {
     "validation.every": 2,
     "data.domain_field": "",
 }
-SOONER = {"represent.steps=173": "represent.steps=1", "=400": "=2"}
+SOONER = {
+    "represent.steps=173": "represent.steps=1",
+    "=400": "=2",
+    "hf:EleutherAI/": "hf:models/",
+    "--max_tokens=32": "--max_tokens=4",
+    "--temperature=0": "--temperature=0 --max_tokens=4",
+}
 WITH_KEYS = ("train", "prepare", "score")
 
 
@@ -46,11 +53,24 @@ def workplace(tmp_path_factory):
     for name in ("statistics", "textwrap"):
         source = Path(os.__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
         (directory / "books" / f"{name}.txt").write_text(source, encoding="utf-8")
+    hub_models.folder(directory / "models" / "pythia-70m", "pythia")
+    hub_models.folder(directory / "models" / "pythia-410m", "pythia", hidden_size=96, num_attention_heads=12)
+    (directory / "prompts.txt").write_text("import\ndef main(\n", encoding="utf-8")
+    (directory / "gsm8k").mkdir()
+    problems = [{"question": f"{n} and {n}?", "answer": f"Twice {n}.\n#### {2 * n}"} for n in range(400)]
+    for split in ("train", "test"):
+        lines = "".join(json.dumps(problem) + "\n" for problem in (problems if split == "train" else problems[:2]))
+        (directory / "gsm8k" / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     return directory
 
 
-def small_options() -> list[str]:
-    return [f"--{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in SMALL.items()]
+def small_options(words: list[str]) -> list[str]:
+    """Smaller everything; but a shape that is named stays."""
+    named = any("model=" in word or "size=hf:" in word for word in words)
+    keys = {key: value for key, value in SMALL.items() if not (named and key.startswith("model."))}
+    if named:
+        keys["data.seq_len"] = 64
+    return [f"--{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in keys.items()]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +84,7 @@ def after_commands(workplace):
                 command = command.replace(there, here)
             words = shlex.split(command)
             if words[0] == "slm-assist":
-                assert cli.main(words[1:] + (small_options() if words[1] in WITH_KEYS else [])) == 0, command
+                assert cli.main(words[1:] + (small_options(words) if words[1] in WITH_KEYS else [])) == 0, command
     finally:
         os.chdir(before)
     return workplace
@@ -87,7 +107,7 @@ def test_readme_quickstart_commands(workplace, monkeypatch, command):
     assert QUICKSTARTS[0] == "make quickstart"
     words = shlex.split(command.replace("--seeds 3", "--seeds 2"))  # the same, but sooner
     arguments = shlex.split(words[2].removeprefix("ARGS=")) if words[0] == "make" else words[2:]
-    options = [option for option in small_options() if "steps" not in option and "domain_field" not in option]
+    options = [option for option in small_options([]) if "steps" not in option and "domain_field" not in option]
     shape = [option for option in options if not option.startswith(("--mesh", "--data.validation_fraction"))]
     out = [] if any(word.startswith("--out") for word in arguments) else ["--out", "runs/quickstart"]
     assert quickstart.main([*arguments, *out, "--scale", "0.01", *shape]) == 0

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     mesh = sharding.make_mesh(data=min(len(prompts), len(jax.devices())))
     dtype = compute_dtype(options.dtype, mesh.devices.flat[0])
     loaded = pretrained.load(options.model, step=options.step, dtype=dtype, mesh=mesh, say=_aside)
-    generator = Generator(loaded.model, loaded.params, loaded.vocabulary)
+    generator = Generator(loaded.model, loaded.params, loaded.vocabulary, stop_ids=loaded.stop_ids)
     if hasattr(sys.stdout, "reconfigure"):  # a terminal without UTF-8 gets '?' instead of a traceback
         sys.stdout.reconfigure(errors="replace")
     streams = len(prompts) == 1 and not options.json

@@ -3,7 +3,7 @@
 from slm_assist import pretrained
 from slm_assist.decode import Generator, Sampling
 loaded = pretrained.load("runs/salt")
-generator = Generator(loaded.model, loaded.params, loaded.vocabulary)
+generator = Generator(loaded.model, loaded.params, loaded.vocabulary, stop_ids=loaded.stop_ids)
 (text,) = generator.generate(["def main("], max_tokens=64, sampling=Sampling(temperature=0.8, top_p=0.95))
 """
 

@@ -161,7 +161,7 @@ def run_exact_match(
     if writer is None:
         from slm_assist.decode.generate import Generator
 
-        writer = Generator(loaded.model, loaded.params, loaded.vocabulary)
+        writer = Generator(loaded.model, loaded.params, loaded.vocabulary, stop_ids=loaded.stop_ids)
     documents = itertools.islice(open_source(source, templates=templates).documents(), limit or None)
     examples = ((document.prompt.text, document.text) for document in documents)
     options = {"match": match, "max_tokens": max_tokens, "stop": stop}

@@ -11,6 +11,19 @@ from typing import Any
 from slm_assist.errors import one_of
 from slm_assist.models.config import ModelConfig
 
+_PYTHIA = {
+    "gated_mlp": False, "activation": "gelu_exact", "tie_embeddings": False, "embed_scale": False, "norm": "layer",
+    "norm_eps": 1e-5, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True, "parallel_residual": True,
+}  # fmt: skip
+
+
+def _pythia(num_layers: int, d_model: int, heads: int) -> dict[str, Any]:
+    """A size of the Pythia suite (2304.01373): a quarter of each head rotates."""
+    head_dim = d_model // heads
+    sizes = {"num_layers": num_layers, "d_model": d_model, "d_ff": 4 * d_model, "head_dim": head_dim}
+    return {**_PYTHIA, **sizes, "num_heads": heads, "num_kv_heads": heads, "rotary_dim": head_dim // 4}
+
+
 _PAPER_NARROW = {"d_model": 1024, "d_ff": 8192, "num_heads": 4, "num_kv_heads": 1, "head_dim": 256}
 _PAPER_WIDE = {"d_model": 2048, "d_ff": 16384, "num_heads": 8, "num_kv_heads": 1, "head_dim": 256}
 
@@ -19,6 +32,13 @@ NAMED: dict[str, dict[str, Any]] = {
     "paper-1.5b": {**_PAPER_NARROW, "num_layers": 44},
     "paper-2.8b": {**_PAPER_NARROW, "num_layers": 92},
     "paper-8.6b": {**_PAPER_WIDE, "num_layers": 72},
+    # Pythia's shapes (with a vocabulary of one's own; with theirs, model.size=hf:EleutherAI/pythia-70m).
+    "pythia-14m": _pythia(6, 128, 4),
+    "pythia-70m": _pythia(6, 512, 8),
+    "pythia-160m": _pythia(12, 768, 12),
+    "pythia-410m": _pythia(24, 1024, 16),
+    "pythia-1b": _pythia(16, 2048, 8),
+    "pythia-2.8b": _pythia(32, 2560, 32),
     # For two CPU cores, minutes a run: 0.34M and 1.11M parameters with 2048 tokens.
     "laptop-small": {
         "num_layers": 4, "d_model": 64, "d_ff": 192, "num_heads": 2, "num_kv_heads": 2, "head_dim": 32,
