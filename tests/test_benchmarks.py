@@ -105,6 +105,7 @@ def test_rates_and_json(common, tmp_path, capsys):
     assert json.loads((tmp_path / "new" / "x.json").read_text()) == whole  # what was there stays
 
 
+@pytest.mark.slow
 def test_representations(run):
     found = run("representations", "--pair", "1x16/1x8", "--vocab", "64", *SHAPE, "--rounds", "2")["settings"][0]
     layer, head = {d: 26 * d * d + 4 * 16 * d for d in (16, 8)}, 2 * 16 * 64
@@ -115,6 +116,7 @@ def test_representations(run):
     assert found["ratio"]["median"] > 0 and set(seconds) == {"plain", "aligned", "trunk"}
 
 
+@pytest.mark.slow
 def test_assistance_and_memory(run):
     found = run("assistance", "--pair", "1x16/1x8", "--vocab", "64", *SHAPE, "--rounds", "2")["settings"][0]
     counted, seconds = found["compiled_flops"], found["seconds"]
@@ -161,6 +163,13 @@ def test_plain_step_and_online_filter(run):
     assert found["candidate_tokens_per_second"] and found["overhead"]["forward"]["all"]
 
 
+@pytest.mark.slow
+def test_import_memory(run):
+    found = run("import_memory", "--gigabytes", "0.002", "--rounds", "1")["read"]
+    assert found["fsdp_1"]["bytes"] == found["fsdp_8"]["bytes"] and 0 < found["fsdp_1"]["largest"]["median"] < 1
+
+
+@pytest.mark.slow
 def test_generate(run):
     found = run(
         "generate", "--size", "1x16", "--vocab", "64", "--rows", "2", "--prompt", "5", "--new", "3", "--rounds", "2"
@@ -172,6 +181,7 @@ def test_generate(run):
     assert row["of_bound"] > 0 and len(row["speedup"]["all"]) == 2
 
 
+@pytest.mark.slow
 def test_growth(run, common, monkeypatch, tmp_path):
     """With steps whose FLOPs are known: 2 B^2 T of a batch, 2 B a token, on each of n devices 2 B / n."""
     growth, setting = importlib.import_module("growth"), importlib.import_module("setting")

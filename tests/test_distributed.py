@@ -168,9 +168,8 @@ def test_each_process_reads_only_its_rows(two, tmp):
         assert set(line["rows"]) <= set(ours) | set(theirs)
 
 
-@pytest.mark.parametrize(
-    "mesh", [pytest.param({}, marks=pytest.mark.slow), {"mesh__data": 2, "mesh__fsdp": 1, "mesh__tensor": 1}]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{}, {"mesh__data": 2, "mesh__fsdp": 1, "mesh__tensor": 1}])
 def test_its_checkpoint_goes_on_in_one_process_on_eight_devices_and_on_two(tmp, keys, two, one, mesh):
     shutil.copytree(two[1].path, tmp / f"on-{len(mesh)}")
     close(tiny.run(tmp, f"on-{len(mesh)}", **(keys | mesh)), one, rel=1e-3)

@@ -59,9 +59,16 @@ def assert_same(found, expected):
     assert np.mean(found[2] != expected[2]) < 0.01  # a rank may turn at a tie
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
-@pytest.mark.parametrize("kind", ["replicated", "fsdp"])
-def test_each_device_runs_the_whole_helper_on_its_rows(shape, kind):
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        pytest.param("replicated", (2, 2, 2), marks=pytest.mark.slow),
+        ("replicated", (1, 1, 8)),
+        ("fsdp", (2, 2, 2)),
+        pytest.param("fsdp", (1, 1, 8), marks=pytest.mark.slow),
+    ],
+)
+def test_each_device_runs_the_whole_helper_on_its_rows(kind, shape):
     found, teach, stats = looked_at(shape, kind)
     assert_same(found, alone()[0])
     for ours, theirs in zip((teach, stats), alone()[1:], strict=True):

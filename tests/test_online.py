@@ -64,7 +64,10 @@ def reference_scores(score: str, rows: dict) -> np.ndarray:
     return np.array(result)
 
 
-@pytest.mark.parametrize(("score", "shape"), [("salt", (1, 1, 1)), ("learnability", (8, 1, 1)), ("salt", (2, 2, 2))])
+@pytest.mark.parametrize(
+    ("score", "shape"),
+    [pytest.param("salt", (1, 1, 1), marks=pytest.mark.slow), ("learnability", (8, 1, 1)), ("salt", (2, 2, 2))],
+)
 def test_the_best_rows_are_kept(score, shape):
     rows = candidates()
     expected = np.sort(np.argsort(-reference_scores(score, rows), kind="stable")[:ROWS])
@@ -136,6 +139,7 @@ def updated(chooser: online.Filter, mesh=None):
     return jax.device_get(state.params), metrics, compiled
 
 
+@pytest.mark.slow
 def test_one_forward_pass_for_scorer_and_teacher():
     two, one = updated(make_filter()), updated(make_filter(share_teacher=True))
     assert_close(two[0], one[0], rtol=2e-4, atol=1e-5)

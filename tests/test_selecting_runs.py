@@ -61,9 +61,10 @@ def keys_of(tmp, name: str) -> dict:
     }[name]  # fmt: skip
 
 
-RESUMED = ["salt_ds", "threshold", "list", "auto", "ul2", "rho1"]
+RESUMED = ["salt_ds", "list", "auto"]
 RESUMED += [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("gumbel", "scorer leaves first", "teacher leaves first")
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("threshold", "ul2", "rho1", "gumbel", "scorer leaves first", "teacher leaves first")
 ]
 
 

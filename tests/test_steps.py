@@ -102,6 +102,7 @@ def test_eight_devices_equal_one(kind, shape):
     assert_close(one[1], eight[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_microbatches_on_a_mesh_with_adafactor():
     mesh = sharding.make_mesh(2, 2, 2)
     one = run("assisted", make_student(name="adafactor"))

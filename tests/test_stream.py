@@ -88,8 +88,8 @@ def assert_same(a, b):
         pytest.param("st_files", True, True, marks=pytest.mark.slow),
         pytest.param("seqio:st_files:train", False, True, marks=pytest.mark.slow),
         pytest.param("st_saved_mixture", True, True, marks=pytest.mark.slow),
-        ("st_pairs", True, True),
-        ("st_generated", False, False),
+        pytest.param("st_pairs", True, True, marks=pytest.mark.slow),
+        pytest.param("st_generated", False, False, marks=pytest.mark.slow),
         ("st_mixture", True, False),
     ],
 )

@@ -35,7 +35,8 @@ def pile(tmp, monkeypatch):
     monkeypatch.setenv("SLM_ASSIST_PILE", str(tmp))
 
 
-@pytest.mark.parametrize("selecting", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("selecting", [True, False])
 def test_killed_and_resumed_equals_straight(tmp, selecting):
     keys = STREAM | {"assist__teacher": str(tmp / "small_lm")}
     keys |= SALT_DS if selecting else {"assist__schedule": "constant"}
@@ -48,6 +49,7 @@ def test_killed_and_resumed_equals_straight(tmp, selecting):
     assert len(set(rows)) == len(rows) == (40 if selecting else 0)
 
 
+@pytest.mark.slow
 def test_the_place_lost_is_read_again(tmp):
     straight = tiny.run(tmp, "lost", killed=(8,), data__vocabulary=str(tmp / "small_lm"), **STREAM)
     for file in (tmp / "lost-killed-8" / "stream").iterdir():

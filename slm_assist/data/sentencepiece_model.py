@@ -1,12 +1,12 @@
 """SentencePiece models as the inside of a `Vocabulary` (see tokenizers.py for what each attribute means)."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import sentencepiece
 
+from slm_assist.data import protobuf
 from slm_assist.errors import UserError
 
 _SPACE = "\u2581"
@@ -71,62 +71,19 @@ def _known(i: int) -> int | None:
 
 def _pieces(message: bytes) -> list[tuple[int, int, int]]:
     """(id, first byte, end byte in the text) of each piece of a serialised SentencePieceText: its fields 2, of which
-    2, 4 and 5 say that. (The package's own reader needs protobuf, and objects of 0.2.1 are gone in 0.2.2.)"""
+    2, 4 and 5 say that. (Objects of 0.2.1 are gone in 0.2.2.)"""
     pieces = []
-    for field, piece in _fields(message):
-        if field == 2:
-            said = dict(_fields(piece))
+    for field in protobuf.fields(message):
+        if field.number == 2:
+            said = protobuf.mapping(field.value)
             pieces.append((said.get(2, 0), said.get(4, 0), said.get(5, 0)))
     return pieces
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a protocol buffer's fields; 32 and 64 bit numbers as their bytes."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        tag = varint()
-        if tag & 7 == 0:
-            yield tag >> 3, varint()
-        else:
-            size = varint() if tag & 7 == 2 else {1: 8, 5: 4}[tag & 7]
-            yield tag >> 3, message[at : at + size]
-            at += size
 
 
 def _fingerprint(model: bytes) -> str:
     """Hash of all top-level fields of the model's protobuf but number 2, the record of its training."""
     digest = hashlib.blake2b(digest_size=16)
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = model[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(model):
-        start = at
-        tag = varint()
-        if tag & 7 == 2:
-            length = varint()
-            at += length
-        else:
-            varint()
-        if tag >> 3 != 2:
-            digest.update(model[start:at])
+    for field in protobuf.fields(model):
+        if field.number != 2:
+            digest.update(field.raw)
     return digest.hexdigest()

@@ -7,9 +7,9 @@ that are trained here have neither.
 
 import base64
 import struct
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from slm_assist.data import protobuf
 from slm_assist.errors import UserError
 
 _SPACE = "\u2581"
@@ -34,45 +34,20 @@ class Model(NamedTuple):
 
 
 def parse(model: bytes) -> Model:
-    """Reads a SentencePiece model's protobuf (by hand: generated code would tie us to a version of protobuf)."""
+    """Reads a SentencePiece model's protobuf."""
     pieces, trainer, normalizer = [], {}, {}
-    for number, value in _fields(model):
+    for number, value, _ in protobuf.fields(model):
         if number == 1:
-            said = dict(_fields(value))
+            said = protobuf.mapping(value)
             (score,) = struct.unpack("<f", said.get(2, bytes(4)))
             pieces.append(Piece(said[1].decode(), score, said.get(3, _NORMAL)))
         elif number == 2:
-            trainer |= dict(_fields(value))
+            trainer |= protobuf.mapping(value)
         elif number == 3:
-            normalizer |= dict(_fields(value))
+            normalizer |= protobuf.mapping(value)
     return Model(
         pieces, trainer.get(3, _UNIGRAM), normalizer.get(2, b""), bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1))
     )
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field: an int for a varint, else its bytes."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        number, wire = divmod(varint(), 8)
-        if wire == 0:
-            yield number, varint()
-            continue
-        length = {1: 8, 5: 4}.get(wire) or varint()
-        yield number, message[at : at + length]
-        at += length
 
 
 def convert(model: bytes, name: str) -> dict[str, Any]:
