@@ -7,9 +7,9 @@
     slm-assist export runs/pythia_31m --out=runs/pythia_31m_hf
 
 300 updates of 1024 tokens. With random weights of these shapes an update took 2 s on two busy CPU cores, so each run
-takes about a quarter of an hour. The loss that comes of it is not known:
-not run with Pythia's own weights, which could not be downloaded. With --grow.helper=hf:EleutherAI/pythia-14m the student
-also begins as the small one. colabs/assist_with_a_pretrained_model.ipynb does the same in a notebook.
+takes about a quarter of an hour there. With --grow.helper=hf:EleutherAI/pythia-14m the student also begins as the small
+one. Not run with Pythia's own weights, which could not be downloaded: what it gives is not known. The notebook
+colabs/assist_with_a_pretrained_model.ipynb does the same.
 """
 
 OVERRIDES = {

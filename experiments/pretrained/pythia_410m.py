@@ -6,9 +6,9 @@
         --assist.schedule=none --assist.teacher= --name='410M BASELINE'
     slm-assist report runs/pythia_410m_baseline runs/pythia_410m --out=runs/pythia_410m_report
 
-By `slm-assist plan`: 21B tokens and 5.8e19 FLOPs, 2.0 % of them the small LM's; on eight H100 at 40 % of their peak 1.0 s
-an assisted update and 0.9 s a plain one, 5.1 hours, in 37 GiB of each; on v5e:16 with --compute.remat=full 12.4 hours, in
-9 GiB. --assist.teacher=hf:EleutherAI/pythia-70m costs less and knows less.
+By `slm-assist plan`: 21B tokens and 5.8e19 FLOPs, 2.0 % of them the small LM's. On eight H100 at 40 % of their peak it
+is 1.0 s an assisted update and 0.9 s a plain one, 5.1 hours, in 37 GiB of each; on v5e:16 with --compute.remat=full
+12.4 hours, in 9 GiB. --assist.teacher=hf:EleutherAI/pythia-70m costs less and knows less.
 
 Not run: no accelerator was at hand. The small LM has seen all of the Pile, more than the large one will here: what it
 gives is also what 300B tokens gave to it, and only a run with as many says what the method itself is worth.
