@@ -12,25 +12,21 @@ import functools
 import os
 import signal
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn, TextIO
 
-from slm_assist.commands import evaluate, generate, hugging_face
+from slm_assist.commands import evaluate, generate, hugging_face, plan, report, select
+from slm_assist.commands.common import number
 from slm_assist.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0 done, 2 a mistake that a line explains, 128 + n signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
     try:
-        options, rest = parser.parse_known_args(arguments)
-        if options.command is None:
-            parser.print_help()
-            return 0
-        signal.signal(signal.SIGTERM, _terminate)
-        return options.run(options, parse_overrides(rest))
+        return _main(arguments)
     except UserError as error:
         print(f"slm-assist: error: {error}", file=sys.stderr)
         return _leave(2)
@@ -45,6 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         traceback.print_exc()
         return _leave(1)
+
+
+def _main(arguments: list[str]) -> int:
+    try:
+        parser = _parser()
+        options, rest = parser.parse_known_args(arguments)
+        if options.command is None:
+            if rest:
+                parser.error(f"{rest[0]!r} comes before a command, or without one")
+            parser.print_help()
+            return 0
+        signal.signal(signal.SIGTERM, _terminate)
+        return options.run(options, parse_overrides(rest))
+    finally:
+        sys.stdout.flush()  # here, where a reader that has left is still understood
 
 
 def _leave(status: int) -> int:
@@ -67,141 +78,88 @@ def _terminate(number: int, _) -> None:
     raise KeyboardInterrupt(number)
 
 
+ABOUT = """\
+`slm-assist COMMAND --help` has examples. Exit status: 0 done; 2 a mistake, which one line explains; 130 stopped by
+Ctrl-C, 141 by a reader that left (as `| head`), 143 by SIGTERM; 1 anything else."""
+KEYS = """\
+Any key of slm_assist/config.py is set with --key=value, as --data.source='text:books/*.txt'."""
+TRAIN = """\
+slm-assist train experiments/salt.py --run_dir=runs/salt --assist.teacher=runs/small_lm
+slm-assist train experiments/salt.py --run_dir=runs/pile --assist.teacher=hf:EleutherAI/pythia-70m \\
+    --model.size=hf:EleutherAI/pythia-410m --data.source='pile:pile/*.jsonl.zst'
+slm-assist train --print_config"""
+PREPARE = """\
+slm-assist prepare --data.source='text:books/*.txt'
+slm-assist prepare experiments/salt.py --data.source='pile:pile/*.jsonl.zst' --part=0/2
+slm-assist prepare --data.source='jsonl:pile/*.jsonl.zst' --beam=64 --beam_options='--runner=DirectRunner'"""
+SCORE = """\
+slm-assist score experiments/salt_ds_offline.py --out=runs/scores --assist.teacher=runs/small_lm
+slm-assist score --out=runs/scores --select.scorer=hf:EleutherAI/pythia-70m --data.source='pile:pile/*.jsonl.zst'
+slm-assist score --out=runs/scores --select.scorer=runs/small_lm --select.score=perplexity --part=0/4"""
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as everything here does; its subparsers too."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
+    def print_help(self, file: TextIO | None = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse's own hides that the reader has left
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="slm-assist",
         description="Train a large language model with the help of a small one.",
-        epilog="Any key of slm_assist/config.py is set with --key=value, as --assist.weight=0.5.",
+        epilog=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(name: str, run, help_text: str, example: str) -> argparse.ArgumentParser:
+    def command(name: str, run, help_text: str, examples: str, note: str = KEYS) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=help_text,
             description=help_text[0].upper() + help_text[1:] + ".",
-            epilog=f"Example: {example}\nAny key of slm_assist/config.py is set with --key=value.",
+            epilog=f"Examples:\n{textwrap.indent(examples, '  ')}\n\n{note}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         sub.set_defaults(run=run)
         return sub
 
-    train = command(
-        "train",
-        _train,
-        "train a model, or go on with a run",
-        "slm-assist train experiments/salt.py --run_dir=runs/salt --assist.teacher=runs/small_lm",
-    )
+    train = command("train", _train, "train a model, or go on with a run", TRAIN)
     train.add_argument("experiment", nargs="?", default="", help="a file of overrides (see experiments/)")
     train.add_argument("--run_dir", help="where the run lives; the same command again goes on with it")
     _add_processes(train)
     train.add_argument("--fresh", action="store_true", help="start over, beside run_dir where that exists")
     train.add_argument("--print_config", action="store_true", help="show every key and who set it, and stop")
 
-    prepare = command(
-        "prepare",
-        _prepare,
-        "make the rows of a corpus, once, in the cache",
-        "slm-assist prepare --data.source='text:books/*.txt'",
-    )
+    prepare = command("prepare", _prepare, "make the rows of a corpus, once, in the cache", PREPARE)
     prepare.add_argument("experiment", nargs="?", default="", help="a file of overrides (see experiments/)")
     prepare.add_argument("--part", help="I/N: make part I of N, counted from 0; whoever makes the last one joins them")
-    prepare.add_argument("--beam", type=_number(int), default=0, help="parts to make as an Apache Beam pipeline")
+    prepare.add_argument("--beam", type=number(int), default=0, help="parts to make as an Apache Beam pipeline")
     prepare.add_argument(
         "--beam_options", default="", help="Beam's own options, in one word: '--runner=... --project=...'"
     )
 
-    score = command(
-        "score",
-        _score,
-        "score every row of a corpus by a small LM",
-        "slm-assist score experiments/salt_ds_offline.py --out=runs/scores --assist.teacher=runs/small_lm",
-    )
+    score = command("score", _score, "score every row of a corpus by a small LM", SCORE)
     score.add_argument("experiment", nargs="?", default="", help="a file of overrides (see experiments/)")
     score.add_argument("--out", required=True, help="directory of the scores; the same command again goes on with it")
     score.add_argument("--part", help="I/N: this process is I of N that share the work")
     _add_processes(score)
-    _add_select(command)
-    hugging_face.add(command)
-    evaluate.add(command)
-
-    _add_plan(command)
-    generate.add(command)
-    report = command(
-        "report",
-        _report,
-        "compare runs on one page",
-        "slm-assist report runs/baseline runs/salt --out=report",
-    )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
-    report.add_argument(
-        "--baseline", help="name or directory of the run to compare with; by default the one without help"
-    )
-    report.add_argument("--out", default="report", help="directory for report.html, PNGs and results.json")
-    report.add_argument("--scores", default="", help="directories of scores to show, separated by commas")
-    report.add_argument("--lists", default="", help="lists of rows to compare, separated by commas")
+    for module in (select, plan, report, hugging_face, evaluate, generate):
+        module.add(command)
     return parser
 
 
 def _add_processes(command: argparse.ArgumentParser) -> None:
     """For runs of several processes; Slurm, TPU pods and GKE say the same by themselves."""
     command.add_argument("--coordinator", default="", help="HOST:PORT of process 0, where several processes run as one")
-    command.add_argument("--processes", type=_number(int), default=0, help="how many processes there are")
-    command.add_argument("--process", type=_number(int), default=-1, help="which of them this one is, from 0")
-
-
-def _add_plan(command: Callable[..., argparse.ArgumentParser]) -> None:
-    plan = command(
-        "plan",
-        _plan,
-        "say what a run needs, costs and takes, before any machine is rented",
-        "slm-assist plan experiments/scale/salt_2.8b.py --devices v5p:128",
-    )
-    plan.add_argument("experiment", nargs="?", default="", help="a file of overrides (see experiments/)")
-    plan.add_argument("--devices", required=True, help="KIND:N, as v5e:256 or h100:64; of TPUs also v5p:4x4x8")
-    plan.add_argument("--teacher_size", default="", help="named size of the small LM, where its run is not there yet")
-    plan.add_argument("--utilisation", type=_number(float), default=0.0, help="assumed share of the peak FLOP/s")
-    plan.add_argument("--estimate", action="store_true", help="memory by arithmetic, even where XLA could compile")
-    plan.add_argument("--json", default="", help="write everything to this file")
-
-
-def _add_select(command: Callable[..., argparse.ArgumentParser]) -> None:
-    select = command(
-        "select",
-        _select,
-        "choose rows by their scores and write the list",
-        "slm-assist select runs/scores --ratio=0.2 --out=runs/top_fifth.npz",
-    )
-    select.add_argument("scores", help="a directory that `slm-assist score` wrote")
-    select.add_argument("--out", required=True, help="the list, a file .npz")
-    select.add_argument("--rule", default="top", help="top | band | gumbel | random")
-    select.add_argument("--rows", type=_number(int), default=0, help="how many rows to keep, or")
-    select.add_argument("--ratio", type=_number(float), default=0.0, help="which part of them")
-    select.add_argument("--low", type=_number(float), default=0.0, help="band: from this quantile of the scores")
-    select.add_argument("--high", type=_number(float), default=1.0, help="band: to this one")
-    select.add_argument("--tau", type=_number(float), default=0.1, help="gumbel: scale of the noise on the scores")
-    select.add_argument("--seed", type=_number(int), default=0, help="gumbel, random: of the draw")
-    select.add_argument("--quotas", default="", help="natural | even | DOMAIN=SHARE,...: a share for each domain")
-
-
-def _number(kind: type) -> Callable[[str], Any]:
-    def number(text: str) -> Any:
-        try:
-            return kind(text)
-        except ValueError:
-            cure = "a whole one" if kind is int else "one such as 0.2"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number; give {cure}") from None
-
-    return number
+    command.add_argument("--processes", type=number(int), default=0, help="how many processes there are")
+    command.add_argument("--process", type=number(int), default=-1, help="which of them this one is, from 0")
 
 
 def parse_part(text: str | None) -> tuple[int, int] | None:
@@ -282,48 +240,6 @@ def _score(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     except Stopped as stop:
         print(f"slm-assist: {stop}", file=sys.stderr)
         return _leave(128 + stop.signal)
-    return 0
-
-
-def _select(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    _refuse(overrides, "select")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from slm_assist.assist.row_list import parse_quotas
-    from slm_assist.selecting import select
-
-    names = ("rule", "rows", "ratio", "low", "high", "tau", "seed")
-    chosen = {name: getattr(options, name) for name in names}
-    print(select(options.scores, options.out, quotas=parse_quotas(options.quotas), **chosen).path)
-    return 0
-
-
-def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it says what others need, and takes none of this machine's
-    from slm_assist import plan
-
-    plan.run(
-        options.experiment,
-        overrides,
-        options.devices,
-        helper_size=options.teacher_size,
-        utilisation=options.utilisation,
-        compiling=not options.estimate,
-        json_file=options.json,
-    )
-    return 0
-
-
-def _refuse(overrides: dict[str, str], command: str) -> None:
-    if overrides:
-        raise UserError(f"--{next(iter(overrides))} is not an option of {command}; see slm-assist {command} --help")
-
-
-def _report(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    _refuse(overrides, "report")
-    from slm_assist import report
-
-    more = {name: [word for word in getattr(options, name).split(",") if word] for name in ("scores", "lists")}
-    report.run_report(options.runs, options.out, baseline=options.baseline, **more)
     return 0
 
 

@@ -1,5 +1,6 @@
 """The paper's own runs as experiment files, and their launch scripts."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,3 +54,19 @@ def test_scripts_pass_their_arguments_on(script, tmp_path):
         done = subprocess.run([bash, "-c", inner], capture_output=True, text=True, check=True, env=env)
     for word in ("train", "x.py", "--run_dir=/runs/x", *given):
         assert f"<{word}>" in done.stdout.splitlines()
+
+
+PRETRAINED = sorted((SCALE.parent / "pretrained").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", PRETRAINED, ids=lambda path: path.stem)
+def test_runs_with_pretrained_small_lms_resolve_without_a_network(path):
+    config, _ = config_lib.resolve(str(path))
+    students = re.search(r"\d+m", path.stem)[0]
+    assert config.model.size == f"hf:EleutherAI/pythia-{students}"
+    assert config.assist.schedule == "step" and config.assist.teacher.startswith("hf:EleutherAI/pythia-")
+    assert bool(config.grow.helper) == ("grown" in path.stem)
+    text = path.read_text()
+    assert f"slm-assist train experiments/pretrained/{path.name}" in text and "ot run" in text
+    alone, _ = config_lib.resolve(str(path), {"assist.schedule": "none", "assist.teacher": ""})
+    assert alone.data.vocabulary.startswith("hf:EleutherAI/pythia-")  # so that BASELINE reads the same rows

@@ -5,26 +5,25 @@ import os
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from slm_assist.commands.common import Command, number
 from slm_assist.errors import UserError
 
-EXAMPLES = """Examples:
-  slm-assist evaluate runs/salt --tasks=hellaswag,lambada_openai --out=salt.json
-  slm-assist evaluate hf:EleutherAI/pythia-160m --tasks=paper28 --limit=200
-  slm-assist evaluate runs/sft --answers=jsonl:gsm8k/test.jsonl --match='#### (-?[0-9.,]+)'
-
+EXAMPLES = """\
+slm-assist evaluate runs/salt --tasks=hellaswag,lambada_openai --out=salt.json
+slm-assist evaluate hf:EleutherAI/pythia-160m --tasks=paper28 --limit=200
+slm-assist evaluate runs/sft --answers=jsonl:gsm8k/test.jsonl --match='#### (-?[0-9.,]+)'"""
+NOTE = """\
 Tasks of your own are YAML files in the harness's form: --include=my_tasks --tasks=my_task. paper28 is what the harness
 has of the paper's 28 tasks. --mesh.data, --mesh.fsdp and --mesh.tensor lay a large model out over several devices."""
 MESH_KEYS = ("data", "fsdp", "tensor")
 
 
-def add(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Adds the parser, by `command` of cli.py."""
-    evaluate = command("evaluate", run, "evaluate a model with the EleutherAI harness, or against given answers", "")
-    evaluate.epilog = EXAMPLES
+def add(command: Command) -> None:
+    """Adds the subcommand."""
+    evaluate = command("evaluate", run, "evaluate a model, by the EleutherAI harness or given answers", EXAMPLES, NOTE)
     evaluate.add_argument("model", metavar="RUN_OR_HF", help="a run directory, or hf:PATH_OR_NAME")
     evaluate.add_argument("--tasks", default="", help="tasks, tags, groups or task files, separated by commas; paper28")
     evaluate.add_argument(
@@ -34,7 +33,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--limit", metavar="N", type=_count, default=0, help="only the first N questions of each task"
     )
     evaluate.add_argument(
-        "--step", metavar="N", type=_number, default=-1, help="a saved step of the run; by default the newest"
+        "--step", metavar="N", type=number(int), default=-1, help="a saved step of the run; by default the newest"
     )
     evaluate.add_argument(
         "--max_length", metavar="N", type=_count, default=0, help="tokens read at most; by default as trained"
@@ -69,18 +68,11 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate.add_argument("--max_tokens", metavar="N", type=_count, default=256, help="of a generated answer (256)")
 
 
-def _number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give a whole one") from None
-
-
 def _count(text: str) -> int:
-    number = _number(text)
-    if number < 0:
+    count = number(int)(text)
+    if count < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative; give 0 or more")
-    return number
+    return count
 
 
 def run(options: argparse.Namespace, overrides: dict[str, str]) -> int:

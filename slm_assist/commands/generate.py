@@ -3,24 +3,22 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+from slm_assist.commands.common import Command, number, refuse
 from slm_assist.errors import UserError, one_of
 
-EXAMPLES = r"""Examples:
-  slm-assist generate runs/salt --prompt 'def main(' --temperature 0.8 --top_p 0.95
-  slm-assist generate runs/salt --prompts questions.jsonl --max_tokens 256 --temperature 0 --stop $'\n\n' --json
-  head -n 3 stories.txt | slm-assist generate hf:EleutherAI/pythia-160m --prompts - --samples 4 --seed 7
-
+EXAMPLES = r"""slm-assist generate runs/salt --prompt 'def main(' --temperature 0.8 --top_p 0.95
+slm-assist generate runs/salt --prompts questions.jsonl --max_tokens 256 --temperature 0 --stop $'\n\n' --json
+head -n 3 stories.txt | slm-assist generate hf:EleutherAI/pythia-160m --prompts - --samples 4 --seed 7"""
+NOTE = """\
 New text goes to stdout, the speed to stderr. Without a prompt the text begins as a document does."""
 DTYPES = ("auto", "float32", "bfloat16")
 
 
-def add(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Declares the subcommand; `command` is that of cli.py."""
-    sub = command("generate", run, "continue texts with a model", "")
-    sub.epilog = EXAMPLES
+def add(command: Command) -> None:
+    """Adds the subcommand."""
+    sub = command("generate", run, "continue texts with a model", EXAMPLES, NOTE)
     sub.add_argument("model", help="a run directory or hf:PATH_OR_NAME")
     given = sub.add_mutually_exclusive_group()
     given.add_argument("--prompt", metavar="TEXT", help="the text to continue")
@@ -29,22 +27,23 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="FILE",
         help="texts to continue, one a line; in a .jsonl each line an object with the field prompt; -: stdin",
     )
-    sub.add_argument("--max_tokens", type=int, default=128, help="most new tokens of a text (default 128)")
-    sub.add_argument("--temperature", type=float, default=0.8, help="divides the logits; 0: the likeliest token (0.8)")
-    sub.add_argument("--top_k", type=int, default=0, help="draw among the k likeliest tokens; 0: all")
-    sub.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest tokens of this probability")
+    sub.add_argument("--max_tokens", type=number(int), default=128, help="most new tokens of a text (default 128)")
+    sub.add_argument(
+        "--temperature", type=number(float), default=0.8, help="divides logits; 0: the likeliest token (0.8)"
+    )
+    sub.add_argument("--top_k", type=number(int), default=0, help="draw among the k likeliest tokens; 0: all")
+    sub.add_argument("--top_p", type=number(float), default=1.0, help="draw among the likeliest of this probability")
     sub.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this string; repeatable")
-    sub.add_argument("--seed", type=int, default=0, help="of what is drawn")
-    sub.add_argument("--samples", type=int, default=1, help="texts for each prompt")
-    sub.add_argument("--step", type=int, default=-1, help="one of the run's saved steps; by default the newest")
+    sub.add_argument("--seed", type=number(int), default=0, help="of what is drawn")
+    sub.add_argument("--samples", type=number(int), default=1, help="texts for each prompt")
+    sub.add_argument("--step", type=number(int), default=-1, help="one of the run's saved steps; by default the newest")
     sub.add_argument("--dtype", default="auto", help="auto | float32 | bfloat16; auto: what the device multiplies best")
     sub.add_argument("--json", action="store_true", help="print a line of JSON for each text: prompt, text")
 
 
 def run(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     """Loads the model, prints what it writes, and returns the exit status."""
-    if overrides:
-        raise UserError(f"--{next(iter(overrides))} is not an option of generate; see slm-assist generate --help")
+    refuse(overrides, "generate")
     one_of("--dtype", options.dtype, DTYPES)
     if options.samples < 1:
         raise UserError(f"--samples={options.samples}: use at least 1")
@@ -76,8 +75,8 @@ def run(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     )
     if streams:
         print(flush=True)
-    for number, (prompt, text) in enumerate([] if streams else zip(prompts, texts, strict=True)):
-        title = f"=== prompt {number // options.samples + 1}, sample {number % options.samples + 1}: {prompt!r}"
+    for n, (prompt, text) in enumerate([] if streams else zip(prompts, texts, strict=True)):
+        title = f"=== prompt {n // options.samples + 1}, sample {n % options.samples + 1}: {prompt!r}"
         print(json.dumps({"prompt": prompt, "text": text}) if options.json else f"{title}\n{text}\n", flush=True)
     _aside(generator.speed.describe())
     return 0
