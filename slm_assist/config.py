@@ -143,10 +143,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.grow.noise = 0.01  # tells clones apart, and keeps the logits: part of the RMS of the weights that read them
     c.grow.warmup_steps = -1  # the learning rate's rise in a grown run; -1: optimizer.warmup_steps
 
-    c.init = ml_collections.ConfigDict()
-    c.init.model = ""  # run directory or hf:PATH_OR_NAME whose parameters and shape the student begins with
-    c.init.step = -1  # its saved step; -1: the newest whole one
-
     c.branch = ml_collections.ConfigDict()
     c.branch.run = ""  # go on from a checkpoint of that run, in a run of one's own: to decay from a trunk's plateau
     c.branch.step = -1  # its saved step; -1: the newest whole one

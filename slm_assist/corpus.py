@@ -205,7 +205,7 @@ def find_vocabulary(config: ml_collections.ConfigDict, run: RunDir | None) -> Vo
         if not given and not is_own(role, directory):
             return helpers_lib.open_model(role, directory).vocabulary
     if hub.is_name(str(given)):
-        return pretrained.HubModel(given, weights=False).vocabulary
+        return pretrained.HubModel(given).vocabulary
     if "://" in str(given):
         return Vocabulary.load(given)
     if given:

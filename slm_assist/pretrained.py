@@ -96,14 +96,13 @@ class HubModel:
 
     Args:
       name: `hf:PATH_OR_NAME`, or `hf:NAME@REVISION`.
-      weights: whether they will be needed, or only the shape.
 
     Attributes:
       trim: rows that pad the vocabulary are left out.
     """
 
-    def __init__(self, name: str, *, weights: bool = True):
-        self._given, self.folder = name, hub.Folder(name, weights=weights)
+    def __init__(self, name: str):
+        self._given, self.folder = name, hub.Folder(name)
         self.trim = True
 
     def __str__(self) -> str:

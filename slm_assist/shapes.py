@@ -36,7 +36,7 @@ def model_config(config: ml_collections.ConfigDict, vocab_size: int, run: RunDir
     elif config.init.model:
         shape = _initial(config, given)
     else:
-        shape = dataclasses.replace(pretrained.HubModel(elsewhere, weights=False).shape(vocab_size=vocab_size), **given)
+        shape = dataclasses.replace(pretrained.HubModel(elsewhere).shape(vocab_size=vocab_size), **given)
     if shape.max_positions and config.data.seq_len > shape.max_positions:
         raise UserError(
             f"data.seq_len={config.data.seq_len}: the model has {shape.max_positions} learnt positions; use "

@@ -3,15 +3,12 @@
 import functools
 import importlib
 import json
-import os
 import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import lm_eval
 import numpy as np

@@ -23,11 +23,6 @@ from slm_assist.models.hf.export import export  # noqa: E402
 T = 41
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def our_logits(model, params, tokens, seen, positions):
     @jax.jit
     def run(params, tokens, seen, positions):

@@ -21,11 +21,6 @@ SOURCES = [p.read_text() for p in sorted((Path(__file__).parents[1] / "slm_assis
 FAMILIES = ("gpt_neox", "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2")
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def sentencepiece_model(**options):
     out = io.BytesIO()
     lines = [line for text in SOURCES for line in text.split("\n")] + ["naïve Grüße é"] * 50

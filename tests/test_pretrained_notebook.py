@@ -7,8 +7,6 @@ import sys
 import types
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 
 hub_models = pytest.importorskip("hub_models")

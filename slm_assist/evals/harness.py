@@ -320,7 +320,7 @@ def _ends(name: str) -> list[str]:
 def context_length(name: str) -> int:
     """The tokens that a model was made to read: `data.seq_len` of a run, or what a model's config.json says."""
     if hub.is_name(name):
-        return pretrained_lib.HubModel(name, weights=False).max_positions or DEFAULT_LENGTH
+        return pretrained_lib.HubModel(name).max_positions or DEFAULT_LENGTH
     return pretrained_lib.RunModel(name).max_positions or DEFAULT_LENGTH
 
 

@@ -64,7 +64,7 @@ class Folder:
     """A model's folder, of which nothing but config.json has been read.
 
     Args:
-      name: `hf:PATH_OR_NAME`.
+      name: `hf:PATH_OR_NAME`. What is not here yet is downloaded, the weights when they are read.
 
     Attributes:
       name, path: as given, and the folder; `downloaded`: it is the hub's own copy here.
@@ -74,8 +74,8 @@ class Folder:
       UserError: it is not there, or of a kind that is not supported.
     """
 
-    def __init__(self, name: str, *, weights: bool = True):
-        self.name, self.path = name, folder(name, weights=weights)
+    def __init__(self, name: str):
+        self.name, self.path = name, folder(name, weights=False)
         self.downloaded = not Path(name.removeprefix(PREFIX)).expanduser().is_dir()
         file = self.path / "config.json"
         try:
@@ -114,10 +114,15 @@ class Folder:
         return self._config.get("max_position_embeddings") or self._config.get("n_positions")
 
     @functools.cached_property
+    def tensors(self) -> Tensors:
+        """UserError where a file is missing or damaged."""
+        return Tensors(folder(self.name))
+
+    @functools.cached_property
     def identity(self) -> str:
         """Hex, over config.json and where each tensor lies: changes when the model is another."""
         digest = hashlib.blake2b(json.dumps(self._config, sort_keys=True).encode(), digest_size=16)
-        tensors = Tensors(self.path)
+        tensors = self.tensors
         for name in sorted(tensors):
             digest.update(f"{name} {tensors.dtype(name)} {tensors.shape(name)}\n".encode())
         for file in sorted(self.path.glob("*.safetensors")):
@@ -137,7 +142,7 @@ class Folder:
         Raises:
           UserError: a tensor is missing, has another shape, or is not known.
         """
-        tensors = Tensors(self.path)
+        tensors = self.tensors
         table = {tensor.path: tensor for tensor in self.family.tensors(config)}
         self._check_names(tensors, table, config)
         read = functools.partial(_read, tensors, config)
