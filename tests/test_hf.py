@@ -131,6 +131,7 @@ BAD_CONFIGS = {
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "somebody's code": ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "auto_map"),
     "a part of each head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "interleaved rotation": ({"rope_interleaved": True}, "rope_interleaved"),
     "no sizes": ({"hidden_size": None}, "hidden_size"),
     "sizes that do not fit": ({"intermediate_size": 30}, "mlp"),
     "more layers": ({"num_hidden_layers": 4}, "model.layers.3"),
@@ -164,6 +165,11 @@ def test_what_is_not_understood_is_named(llama, tmp_path, case):
     changes, said = BAD_CONFIGS[case]
     hub_models.edit(copied(llama, tmp_path), **changes)
     assert said in refused(f"hf:{tmp_path}")
+
+
+def test_fields_without_effect_are_read_over(llama, tmp_path):
+    hub_models.edit(copied(llama, tmp_path), use_mrope=False, rope_interleaved=False, top_k=50, torchscript=False)
+    assert pretrained.load(f"hf:{tmp_path}").model.config == pretrained.load(f"hf:{llama}").model.config
 
 
 def test_damaged_and_missing_files(llama, tmp_path):

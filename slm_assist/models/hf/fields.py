@@ -8,15 +8,22 @@ from slm_assist.models.rope import RopeScaling
 
 # Fields of transformers' configs that do not change what a causal model computes, whatever their value.
 _NO_EFFECT = """
-_name_or_path architectures attention_dropout attn_pdrop bos_token_id cache_implementation classifier_dropout
-decoder_start_token_id dtype embd_pdrop eos_token_id finetuning_task gradient_checkpointing hidden_dropout id2label
-initializer_range is_decoder label2id max_position_embeddings model_type name_or_path output_attentions
-output_hidden_states pad_token_id pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict
-return_dict_in_generate sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
-summary_use_proj task_specific_params tokenizer_class torch_dtype transformers_version unk_token_id use_bfloat16
-use_cache n_ctx
+_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout attn_implementation
+attn_pdrop bad_words_ids begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward
+classifier_dropout decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
+encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+forced_eos_token_id gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_llama_config
+label2id length_penalty max_length max_position_embeddings min_length model_type n_ctx name_or_path
+no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values reorder_and_upcast_attn
+repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id summary_activation
+summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params
+temperature tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config transformers_version
+typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache
 """
 WITHOUT_EFFECT = frozenset(_NO_EFFECT.split())
+# Switches that are off in the models that we know, and would change the result.
+OFF = ("rope_interleaved", "use_mrope", "is_encoder_decoder", "tie_encoder_decoder", "pruned_heads")
 ACTIVATIONS = {
     "gelu": "gelu_exact",
     "gelu_new": "gelu",
@@ -80,7 +87,7 @@ class Fields:
     def done(self) -> None:
         """Raises `UserError` for a field that nobody took, unless it is known to change nothing, or null."""
         for name, value in self._left.items():
-            if value is not None and name not in WITHOUT_EFFECT:
+            if value is not None and name not in WITHOUT_EFFECT and not (name in OFF and not value):
                 raise UserError(
                     f"{self.where}: the field {name}={_short(value)} is not known here and might change the result; "
                     "remove it from the file if it does not"
