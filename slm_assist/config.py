@@ -56,7 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.choices = ""  # words for labels: FIELD:word|word|word (of 0, 1, 2), or FIELD:code=word|code=word; ...
     c.data.shorten = ""  # field of the prompt to cut where an example is longer than a row; empty: leave it out
     c.data.seq_len = 256  # T: tokens the model sees in a row (a row stores T+1)
-    c.data.vocabulary = ""  # SentencePiece model, tokenizer.json or run directory; empty: the teacher's, else train one
+    c.data.vocabulary = ""  # SentencePiece model, tokenizer.json, run directory, hf:; empty: the small LM's, or learnt
     c.data.vocab_size = 2048  # pieces, when a vocabulary is trained
     c.data.sentinels = -1  # ids behind the pieces that stand for corrupted spans; -1: as many as the objective needs
     c.data.objective = "causal"  # causal | prefix | span | ul2 (a mixture by segment) | package.module:function
@@ -114,9 +114,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.select.band = 0.5  # band: which part of the ranked candidates; 0 lowest, 0.5 middle, 1 highest scores
     c.select.noise = 0.1  # gumbel: scale of the noise that is added to the scores (tau)
     c.select.threshold_decay = 0.95  # threshold: how much of the running bar stays at each update
-    c.select.scorer = ""  # run directory of the small LM that scores; empty: assist.teacher
+    c.select.scorer = ""  # the small LM that scores: run directory | hf:PATH_OR_NAME; empty: assist.teacher
     c.select.scorer_step = -2  # its saved step; -1: the newest; -2: the one its checkpoint.keep_fraction kept
-    c.select.reference = ""  # run of the second model that some scores and token_share need; empty: the scorer's
+    c.select.reference = ""  # run or hf: of the second model that some scores and token_share need; empty: the scorer's
     c.select.reference_step = -1  # its saved step; -1: the newest; -2: as above
     c.select.list = ""  # list: file of row ids that `slm-assist select` wrote
     c.select.then = "all"  # list: rows afterwards: all | unseen (what stage 1 has not read) | a file of its own
@@ -127,7 +127,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.represent = ml_collections.ConfigDict()
     c.represent.schedule = "none"  # of lambda: none | constant | step | linear (LET) | package.module:function
-    c.represent.helper = ""  # run directory of the small LM (the guide) whose representations are followed
+    c.represent.helper = ""  # run directory or hf: of the small LM (the guide) whose representations are followed
     c.represent.helper_step = -1  # its saved step; -1: the newest whole one
     c.represent.weight = 0.1  # lambda: the loss is that of the labels + lambda (1 - cosine), token by token
     c.represent.steps = 0  # updates with the guide; 0: represent.fraction of the run
@@ -137,7 +137,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.represent.map = "projection"  # between widths: projection (learnt, to the guide's) | truncate (first dimensions)
 
     c.grow = ml_collections.ConfigDict()
-    c.grow.helper = ""  # run directory of the small LM (the parent) that the student is grown from; empty: random
+    c.grow.helper = ""  # run directory or hf: of the small LM (the parent) that the student grows from; empty: random
     c.grow.helper_step = -1  # its saved step; -1: the newest whole one
     c.grow.depth = "zero"  # added layers: zero (add nothing at first, so logits stay) | stack | interleave
     c.grow.noise = 0.01  # tells clones apart, and keeps the logits: part of the RMS of the weights that read them
@@ -165,7 +165,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.validation.every = 100  # steps; 0: only at the end
     c.validation.rows = 512  # rows to evaluate on, always the same; 0: all
     c.validation.metric = ""  # package.module:function(TokenStats, batch) -> a number for each token; several: commas
-    c.validation.buckets = ""  # run directory whose loss cuts the rows into easy, medium and hard thirds
+    c.validation.buckets = ""  # run directory or hf: of what cuts the rows by its loss: easy, medium and hard thirds
 
     c.checkpoint = ml_collections.ConfigDict()
     c.checkpoint.every = 200  # steps; 0: only at the end  [resume: checkpoint.*]

@@ -6,6 +6,7 @@ takes either.
 
 import functools
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,9 +66,11 @@ class RunModel:
 
     @property
     def max_positions(self) -> int | None:
-        """The longest rows that it has seen; None where nobody knows."""
-        stored = self.run.read(self.run.config)["config"] if self.run.config.is_file() else {}
-        return stored.get("data", {}).get("seq_len")
+        """The longest rows that it has seen, or the model that it began as; None where nobody knows."""
+        stored = self.run.read(self.run.config) if self.run.config.is_file() else {"config": {}, "facts": {}}
+        began = stored["facts"].get("helpers", {}).get("initial", {})
+        lengths = stored["config"].get("data", {}).get("seq_len"), began.get("max_positions")
+        return max(filter(None, lengths), default=None)
 
     def steps(self) -> list[int]:
         """The saved steps."""
@@ -237,16 +240,27 @@ def keep(model: HubModel, out: Path) -> RunDir:
     Raises:
       UserError: it cannot be read or written.
     """
-    shape, run = model.shape(), RunDir(out)
+    shape, aside = model.shape(), RunDir(out.with_name(f".{out.name}.partial"))
     params, _ = model.params(like_student(Transformer(shape), sharding.make_mesh(data=1), jnp.float32))
-    with run.lock():
-        checkpoint.save_params(run.checkpoints, params)
-        model.vocabulary.save(run.tokenizer)
-        write_json(run.model, shape.to_json())
-        origin = {"imported": {"from": str(model), "identity": model.identity}}
+    try:
+        shutil.rmtree(aside.path, ignore_errors=True)
+        aside.path.mkdir(parents=True)
+        checkpoint.save_params(aside.checkpoints, params)
+        model.vocabulary.save(aside.tokenizer)
+        write_json(aside.model, shape.to_json())
+        origin = {"imported": {"from": str(model), "identity": model.identity}, "helpers": {}}
         known = {"data": {"seq_len": model.max_positions or 0}, "checkpoint": {"keep_fraction": 0.0}, "steps": 0}
-        write_json(run.config, {"config": known, "facts": origin})
-    return run
+        write_json(aside.config, {"config": known, "facts": origin})
+        if out.exists():
+            out.rmdir()
+        aside.path.rename(out)
+    except OSError as error:
+        raise UserError(
+            f"--out={out}: cannot be written ({error.strerror or error}); make room, or name another"
+        ) from error
+    finally:
+        shutil.rmtree(aside.path, ignore_errors=True)
+    return RunDir(out)
 
 
 def like_student(model: Transformer, mesh: jax.sharding.Mesh, dtype: Any) -> Params:

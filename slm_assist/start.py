@@ -93,7 +93,8 @@ def _initial(experiment: Experiment, layout: TrainState, say: Say) -> Begun:
     state = jax.jit(begun, out_shardings=layout, donate_argnums=donated)(params)
     say(f"begins as {source} at step {step}, {student.model.num_params():,} parameters")
     known = {"run": source.location, "step": step, "identity": source.identity, "train_flops": source.flops_at(step)}
-    return Begun(state, Log.NEW, {"initial": known | {"parameters": student.model.num_params()}})
+    known |= {"parameters": student.model.num_params(), "max_positions": source.max_positions}
+    return Begun(state, Log.NEW, {"initial": known})
 
 
 def _grown(experiment: Experiment, layout: TrainState, parent: Helper, say: Say) -> Begun:

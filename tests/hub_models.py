@@ -53,6 +53,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 11, "query_pre_attn_scalar": 13,
         "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, **EAGER,
     }),
+    "gemma 2, no caps": ("Gemma2", {
+        "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 11, "attn_logit_softcapping": None,
+        "final_logit_softcapping": None, **EAGER,
+    }),
     "gemma 3": ("Gemma3Text", {
         "num_hidden_layers": 8, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 11,
         "query_pre_attn_scalar": 5, "rope_parameters": BY_LAYER, **EAGER,

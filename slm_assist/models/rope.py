@@ -57,15 +57,16 @@ class RopeScaling:
         return self.attention_factor or (0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0)
 
     def stretched(self, frequency: np.ndarray, theta: float) -> np.ndarray:
-        """The frequencies [dim / 2] (radians a token), float64."""
+        """The frequencies [dim / 2] (radians a token), in float32 like those given."""
+        divided = frequency / np.float32(self.factor)
         if self.kind == "linear":
-            return frequency / self.factor
+            return divided
         if self.kind == "llama3":
-            waves = self.original_positions * frequency / (2 * math.pi)  # in the original rows
-            kept = np.clip((waves - self.low) / (self.high - self.low), 0, 1)
+            waves = np.float32(self.original_positions) / (np.float32(2 * math.pi) / frequency)  # in the original rows
+            kept = np.clip((waves - np.float32(self.low)) / np.float32(self.high - self.low), 0, 1)
         else:
-            kept = 1 - self._ramp(2 * len(frequency), theta)
-        return frequency * (kept + (1 - kept) / self.factor)
+            kept = 1 - self._ramp(2 * len(frequency), theta).astype(np.float32)
+        return (1 - kept) * divided + kept * frequency
 
     def _ramp(self, dim: int, theta: float) -> np.ndarray:
         """YaRN: 0 for the dimensions that are kept, 1 for those that are divided."""
@@ -95,14 +96,19 @@ class RopeScaling:
             raise UserError(f"model.rope_scaling={values}: {error}") from error
 
 
+def frequencies(dim: int, theta: float) -> np.ndarray:
+    """theta^(-2i / dim) [dim / 2], float32, rounded where transformers rounds: a last bit is seen at far positions."""
+    exponent = (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)
+    return np.float32(1) / (theta**exponent).astype(np.float32)
+
+
 def tables(
     positions_BxT: jax.Array, dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """sin and cos [B, T, dim / 2] of the rotary angles, float32."""
-    frequency = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    frequency = frequencies(dim, theta)
     if scaling is not None:
-        plain = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-        frequency = jnp.asarray(scaling.stretched(plain, theta), jnp.float32)
+        frequency = scaling.stretched(frequency, theta)
     angle_BxTxH = positions_BxT[..., None].astype(jnp.float32) * frequency
     amplitude = 1.0 if scaling is None else scaling.amplitude
     sin, cos = jnp.sin(angle_BxTxH), jnp.cos(angle_BxTxH)

@@ -53,7 +53,7 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _write_json(temporary / "config.json", values)
-        _write_json(temporary / "generation_config.json", ends)
+        _write_json(temporary / "generation_config.json", {name: i for name, i in ends.items() if i is not None})
         tokenizer_files.write(
             vocabulary,
             temporary,
@@ -118,5 +118,5 @@ def _shape(parts: Parts, config: ModelConfig, params: Params) -> tuple[int, ...]
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:
-    known = {name: value for name, value in values.items() if value is not None}
-    file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    """Nulls too: where a field is missing transformers takes a default, which may be another."""
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """config.json field by field: what is not understood is an error that names it."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,22 +9,25 @@ from slm_assist.models.rope import RopeScaling
 
 # Fields of transformers' configs that do not change what a causal model computes, whatever their value.
 _NO_EFFECT = """
-_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout attn_implementation
-attn_pdrop bad_words_ids begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward
-classifier_dropout decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
-encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-forced_eos_token_id gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_llama_config
-label2id length_penalty max_length max_position_embeddings min_length model_type n_ctx name_or_path
-no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
-output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values reorder_and_upcast_attn
-repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id summary_activation
-summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params
-temperature tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config transformers_version
-typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache
+_attn_implementation _attn_implementation_autoset _name_or_path _num_labels architectures attention_dropout
+attention_probs_dropout_prob attn_implementation attn_pdrop bad_words_ids begin_suppress_tokens bos_token_id
+cache_implementation chunk_size_feed_forward classifier_dropout decoder_start_token_id diversity_penalty do_sample
+dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout hidden_dropout_prob
+id2label initializer_range is_decoder is_llama_config label2id length_penalty max_length max_position_embeddings
+max_sequence_length min_length model_type n_ctx name_or_path no_repeat_ngram_size num_beam_groups num_beams
+num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+problem_type remove_invalid_values reorder_and_upcast_attn repetition_penalty resid_pdrop return_dict
+return_dict_in_generate sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
+summary_use_proj suppress_tokens task_specific_params temperature tokenizer_class top_k top_p torch_dtype
+torchscript transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed unsloth_version
+use_bfloat16 use_cache
 """
 WITHOUT_EFFECT = frozenset(_NO_EFFECT.split())
 # Switches that are off in the models that we know, and would change the result.
-OFF = ("rope_interleaved", "use_mrope", "is_encoder_decoder", "tie_encoder_decoder", "pruned_heads")
+OFF = (
+    "rope_interleaved", "use_mrope", "is_encoder_decoder", "tie_encoder_decoder", "pruned_heads", "add_cross_attention",
+)  # fmt: skip
 ACTIVATIONS = {
     "gelu": "gelu_exact",
     "gelu_new": "gelu",
@@ -47,12 +51,14 @@ class Fields:
     def __init__(self, values: Mapping[str, Any], where: str):
         self._left, self.where = dict(values), where
 
-    def take(self, name: str, default: Any = _MISSING) -> Any:
-        """The field's value; `default` where it is missing or null.
+    def take(self, name: str, default: Any = _MISSING, *, null: Any = _MISSING) -> Any:
+        """The field's value; `default` where it is missing, and where it is null unless that means `null`.
 
         Raises:
           UserError: it is missing and has no default.
         """
+        if null is not _MISSING and name in self._left and self._left[name] is None:
+            return null
         value = self._left.pop(name, None)
         if value is None:
             if default is _MISSING:
@@ -139,18 +145,21 @@ def _scaling(inner: Fields, kind: str, longest: int | None) -> RopeScaling:
         inner.refuse("rope_type", kind, "only default, linear, llama3 and yarn are supported")
     original = inner.take("original_max_position_embeddings", longest)
     factor = float(inner.take("factor", (longest or original) / original))
-    scaling = RopeScaling(
+    inner.take("finetuned", None)
+    scales = [inner.take(name, 0.0) for name in ("mscale", "mscale_all_dim")]
+    amplitude = 0.0
+    if all(scales) and factor > 1:
+        above, below = (0.1 * scale * math.log(factor) + 1 for scale in scales)
+        amplitude = above / below
+    return RopeScaling(
         "yarn",
         factor,
         original_positions=original,
         low=float(inner.take("beta_slow", 1.0)),
         high=float(inner.take("beta_fast", 32.0)),
-        attention_factor=float(inner.take("attention_factor", 0.0)),
+        attention_factor=float(inner.take("attention_factor", amplitude)),
         truncate=inner.take("truncate", True),
     )
-    inner.require("mscale", 0, 0)
-    inner.require("mscale_all_dim", 0, 0)
-    return scaling
 
 
 def rope_json(theta: float, scaling: RopeScaling | None, partial: float | None = None) -> dict[str, Any]:

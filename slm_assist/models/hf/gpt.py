@@ -14,6 +14,8 @@ def neox(f: Fields) -> dict[str, Any]:
     angles = rope(f, older["rotary_emb_base"])
     head_dim, bias = common.head_dim(sizes), f.take("attention_bias", True)
     rotating = int(head_dim * angles.pop("partial", older["rotary_pct"]))
+    if not rotating:
+        f.refuse("rotary_pct", older["rotary_pct"], "some of each head must rotate")
     return (
         sizes
         | angles

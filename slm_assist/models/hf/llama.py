@@ -41,7 +41,7 @@ def llama(f: Fields) -> dict[str, Any]:
 
 
 def mistral(f: Fields) -> dict[str, Any]:
-    window = f.take("sliding_window", None)
+    window = f.take("sliding_window", 4096, null=None)
     return _like_llama(f) | ({"pattern": ("local",), "window": window} if window else {})
 
 
@@ -87,14 +87,14 @@ def qwen2_json(c: ModelConfig) -> dict[str, Any]:
 def _gemma(f: Fields, **more: Any) -> dict[str, Any]:
     if not f.peek("use_bidirectional_attention"):
         f.take("use_bidirectional_attention", None)
-    used = f.take("hidden_activation", None)
-    older = f.peek("hidden_act")
-    if used and older and ACTIVATIONS.get(used) != ACTIVATIONS.get(older):
-        f.refuse("hidden_act", older, f"hidden_activation={used} contradicts it")
-    f.take("hidden_act", None)
-    activation = f.take("activation", used or older or "gelu_pytorch_tanh")
+    older = f.take("hidden_act", None)
+    # A legacy value of the official releases, which transformers reads so.
+    older = "gelu_pytorch_tanh" if older == "gelu" else older
+    activation = f.take("hidden_activation", older or "gelu_pytorch_tanh")
     if activation not in ACTIVATIONS:
         f.refuse("hidden_activation", activation, f"only {', '.join(ACTIVATIONS)} are supported")
+    if older and ACTIVATIONS.get(older) != ACTIVATIONS[activation]:
+        f.refuse("hidden_act", older, f"hidden_activation={activation} contradicts it")
     for name in ("head_dim", "num_key_value_heads"):
         if f.peek(name) is None:
             f.take(name)
@@ -119,8 +119,8 @@ def gemma2(f: Fields) -> dict[str, Any]:
         tie_embeddings=tied(f),
         post_norms=True,
         attention_scale=float(f.take("query_pre_attn_scalar", 256)) ** -0.5,
-        attention_softcap=float(f.take("attn_logit_softcapping", 0.0)),
-        logit_softcap=float(f.take("final_logit_softcapping", 0.0)),
+        attention_softcap=float(f.take("attn_logit_softcapping", 50.0, null=0.0)),
+        logit_softcap=float(f.take("final_logit_softcapping", 30.0, null=0.0)),
         **kinds,
     )
 
@@ -142,6 +142,8 @@ def _whole(value: float) -> float:
 
 
 def gemma3(f: Fields) -> dict[str, Any]:
+    if cap := f.take("attn_logit_softcapping", None):
+        f.refuse("attn_logit_softcapping", cap, "transformers computes Gemma 3 without it")
     every = f.take("sliding_window_pattern", f.take("_sliding_window_pattern", 6))
     f.take("_sliding_window_pattern", None)
     given = f.take("rope_parameters", {})
@@ -165,7 +167,6 @@ def gemma3(f: Fields) -> dict[str, Any]:
         post_norms=True,
         qk_norm=True,
         attention_scale=float(f.take("query_pre_attn_scalar", 256)) ** -0.5,
-        attention_softcap=float(f.take("attn_logit_softcapping", 0.0)),
         logit_softcap=float(f.take("final_logit_softcapping", 0.0)),
         local_rope_theta=local,
         **angles,

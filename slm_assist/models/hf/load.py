@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def folder(name: str, *, weights: bool = True) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # many kinds, of the hub and of the network below it
-        reason = (str(error).strip().splitlines() or [""])[0][:160]
+        reason = textwrap.shorten((str(error).strip().splitlines() or [""])[0], 160, placeholder="...")
         raise UserError(
             f"{name}: there is no such folder here, and it cannot be downloaded ({type(error).__name__}: {reason}); "
             f"where there is a network run `hf download {repository} --local-dir DIR`, and give {PREFIX}DIR"
@@ -161,7 +162,14 @@ class Folder:
                 f"{self.path}: {missing[0]} is missing, and {len(missing) - 1} more of {len(wanted)} tensors; the "
                 "model is not whole, download it again"
             )
-        head = {"lm_head.weight", "embed_out.weight"} if config.tie_embeddings else set()  # a copy of the embedding
+        head = {"lm_head.weight", "embed_out.weight"} & set(tensors) if config.tie_embeddings else set()
+        embedding = names[next(tensor.name for tensor in table.values() if tensor.path == ("embedding",))]
+        for name in head:  # which may be saved with the embedding it is tied to
+            if not np.array_equal(tensors.read(name), tensors.read(embedding)):
+                raise UserError(
+                    f"{self.path}: {name} is not {embedding}, and tie_word_embeddings says that it is; set that to "
+                    "false in config.json if the head is one of its own"
+                )
         more = [n for n in tensors if n not in {*names.values(), *head} and not BUFFERS.fullmatch(n)]
         if more:
             raise UserError(
@@ -174,9 +182,10 @@ def _read(tensors: Tensors, config: ModelConfig, tensor: Tensor, layer: int, sha
     """One of our parameters of one layer, as numpy has it."""
     name = found(tensor.name.replace(LAYER, str(layer)), tensors)
     try:
-        rows = tensors.shape(name)[0]
-        if tensor.form in ("vocab", "head") and rows < config.vocab_size:
-            raise ValueError(f"{rows} rows for {config.vocab_size} tokens")
+        there, wanted = tensors.shape(name), tensor.shape(shape)
+        padded = tensor.form in ("vocab", "head") and len(there) == 2 and there[0] >= wanted[0]
+        if there != wanted and not (padded and there[1] == wanted[1]):
+            raise ValueError(f"{list(wanted)} is wanted")
         return tensor.read(tensors.read(name), shape)
     except (ValueError, IndexError) as error:
         raise UserError(

@@ -83,12 +83,12 @@ class Tensors:
 
 
 def _files(directory: Path) -> list[Path]:
-    """The files with the weights: those that the index names, or the only one."""
+    """The files with the weights: the only one, or those that the index names."""
     index = directory / INDEX
-    if not index.is_file():
-        if not (directory / SINGLE).is_file():
-            raise UserError(f"{directory}: it has no {SINGLE} and no {INDEX}{_instead(directory)}")
+    if (directory / SINGLE).is_file():  # first, as transformers has it
         return [directory / SINGLE]
+    if not index.is_file():
+        raise UserError(f"{directory}: it has no {SINGLE} and no {INDEX}{_instead(directory)}")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
