@@ -93,6 +93,7 @@ def test_a_run_goes_on_without_the_small_lms_that_have_left(home, tmp_path):
     assert_same_run(gone_on, straight)
 
 
+@pytest.mark.slow
 def test_a_gift_that_is_off_leaves_no_trace(home):
     """Neither in the state nor in the records; and a run with all of them off is the plain one."""
     plain, grown = run(home, "plain", **STUDENT), run(home, "grown", **gifts(home, "weights"))

@@ -18,6 +18,7 @@ from slm_assist.assist import helpers as helpers_lib
 from slm_assist.assist import row_list, sample, score_store
 from slm_assist.data.rows import open_rows
 from slm_assist.errors import UserError
+from slm_assist.pretrained import RunModel
 from slm_assist.run_dir import RunDir
 
 KEEP = {"checkpoint.keep_fraction": 0.5}
@@ -171,7 +172,7 @@ def test_two_models(home):
 def test_the_newest_checkpoint_is_the_one_it_began_with(home, monkeypatch):
     config = config_of(home, select__scorer_step=-1)
     scoring.score(config, home / "newest", part=(0, 2), say=lambda line: None)
-    monkeypatch.setattr(scoring, "whole_steps", lambda directory: [3, 6, 9])  # it trained on
+    monkeypatch.setattr(RunModel, "steps", lambda self: [3, 6, 9])  # it trained on
     scoring.score(config, home / "newest", part=(1, 2), say=lambda line: None)
     assert score_store.open_scores(home / "newest").meta["helpers"]["scorer"]["step"] == 6
 
