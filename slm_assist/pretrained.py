@@ -67,8 +67,8 @@ class RunModel:
     @property
     def max_positions(self) -> int | None:
         """The longest rows that it has seen, or the model that it began as; None where nobody knows."""
-        stored = self.run.read(self.run.config) if self.run.config.is_file() else {"config": {}, "facts": {}}
-        began = stored["facts"].get("helpers", {}).get("initial", {})
+        stored = self.run.read(self.run.config) if self.run.config.is_file() else {"config": {}}
+        began = stored.get("facts", {}).get("helpers", {}).get("initial", {})
         lengths = stored["config"].get("data", {}).get("seq_len"), began.get("max_positions")
         return max(filter(None, lengths), default=None)
 

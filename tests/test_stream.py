@@ -89,7 +89,7 @@ def assert_same(a, b):
         pytest.param("seqio:st_files:train", False, True, marks=pytest.mark.slow),
         pytest.param("st_saved_mixture", True, True, marks=pytest.mark.slow),
         pytest.param("st_pairs", True, True, marks=pytest.mark.slow),
-        pytest.param("st_generated", False, False, marks=pytest.mark.slow),
+        ("st_generated", False, False),
         ("st_mixture", True, False),
     ],
 )

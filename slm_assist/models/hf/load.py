@@ -80,10 +80,10 @@ class Folder:
         self.downloaded = not Path(name.removeprefix(PREFIX)).expanduser().is_dir()
         file = self.path / "config.json"
         try:
-            self._config = json.loads(file.read_text(encoding="utf-8"))
+            self._config: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise UserError(f"{name}: {self.path} has no config.json; give the folder of a model") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{file}: cannot be read ({error}); download it again") from error
         self.family, self._padded = read_config(self._config, str(file))
 
