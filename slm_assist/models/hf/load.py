@@ -45,7 +45,12 @@ def folder(name: str, *, weights: bool = True) -> Path:
         return path
     if not given or given.startswith(("/", ".", "~")) or given.count("/") > 1:
         raise UserError(f"{name}: there is no such folder; give a folder with config.json, or OWNER/NAME of a model")
-    repository, _, revision = given.partition("@")
+    return _downloaded(name, weights)
+
+
+@functools.cache  # a run asks for a model many times, and the hub would be asked as often
+def _downloaded(name: str, weights: bool) -> Path:
+    repository, _, revision = name.removeprefix(PREFIX).partition("@")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -86,9 +91,6 @@ class Folder:
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{file}: cannot be read ({error}); download it again") from error
         self.family, self._padded = read_config(self._config, str(file))
-
-    def __str__(self) -> str:
-        return self.name
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
@@ -212,8 +214,8 @@ def _placed(
     else:
         layers = [int(keys[0].removeprefix("layer_")) if tensor.in_layer else 0]
     places = like.sharding.addressable_devices_indices_map(like.shape)
-    parts = {_bounds(index, like.shape): None for index in places.values()}
-    parts = {bounds: np.empty([stop - start for start, stop in bounds], like.dtype) for bounds in parts}
+    bounds_there = {_bounds(index, like.shape) for index in places.values()}
+    parts = {bounds: np.empty([stop - start for start, stop in bounds], like.dtype) for bounds in bounds_there}
     for at, layer in enumerate(layers):
         values = read(tensor, layer, like.shape[1:] if stacked else like.shape)
         for bounds, part in parts.items():
