@@ -1,0 +1,172 @@
+"""What is measured: every row of the matrix, in the order in which time is spent on them.
+
+A row is an experiment file and what is set on top of it. In values, `{small}` stands for the directory of that seed's
+small LM, `{list:top}` for a list of rows and `{entropy:small}` for a number; planning.py puts them in and sees to it that
+what they name is there before. Nothing else tells one method from another: all rows have the same student, the same
+learning rate, rows and updates as BASELINE of their seed, unless the row says so.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from tiers import Tier
+
+ENDS = (0.4, 0.5, 0.6, 0.7, 0.8, 1.0)  # parts of the steps at which every method has a fully decayed model
+FEW_ENDS = (0.7, 1.0)  # of rows that are only explored
+STAGE_1 = 0.173  # of the steps, for soft labels, selection and representations alike: the paper's 36K of 208K
+AUTO_CAP = 0.4
+MAIN_SEEDS, TUNING_SEEDS, FRESH_SEEDS = 0, 200, 100  # where each set of seeds begins
+STEP_KEYS = {"assist.schedule": "assist.steps", "represent.schedule": "represent.steps"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the matrix.
+
+    Attributes:
+      key: of its directories; title: for people.
+      group: the table it stands in.
+      file: of experiments/, without `.py`; overrides: on top of that.
+      seeds: how many, from `first_seed` on; ends: parts of the steps with a fully decayed model.
+      stage_1: updates with help, as a part of the steps.
+      pair: the row it is compared with.
+      test: whether it is measured on the test part (and nothing else is).
+    """
+
+    key: str
+    title: str
+    group: str
+    file: str
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seeds: int = 3
+    first_seed: int = MAIN_SEEDS
+    ends: tuple[float, ...] = ENDS
+    stage_1: float = STAGE_1
+    pair: str = "baseline"
+    ratio: int = 0  # tokens a parameter; 0: the tier's main one
+    test: bool = False
+
+
+HELPER_KEYS = {
+    "small": {},
+    "tiny": {},
+    "medium": {},
+    "equal": {},
+    "untrained": {"steps": 1, "optimizer.warmup_steps": 0, "optimizer.peak_learning_rate": 1e-12},
+    "half": {"steps": 0.5},
+    "more": {"steps": 2.0},
+    "disjoint": {"data.source": "{other}", "data.vocabulary": "{small}"},
+}
+"""Small LMs beside their shape; `steps` as a part of the student's (or 1). Without a shape of their own: that of `small`."""
+
+GRID, MAIN, GIFTS, CONTROLS, DATA, ADAPTIVE, SWEEPS, CONFIRM, EPOCHS, BUCKETS = (
+    "grid", "main", "gifts", "controls", "helper's data", "adaptive", "sweeps", "confirmation", "epochs", "buckets",
+)  # fmt: skip
+
+LABELS = {"assist.teacher": "{small}"}
+OFFLINE = {**LABELS, "select.list": "{list:top}"}
+
+
+def rows(tier: Tier) -> list[Row]:
+    """The matrix of a tier, ranked."""
+    main, low = tier.ratios[0], tier.ratios[-1]
+    return [
+        *_grid(tier),
+        Row("cutter", "cuts the buckets", BUCKETS, "baseline", seeds=1, first_seed=TUNING_SEEDS + 50, ends=(1.0,)),
+        *_main(5, main),
+        *_gifts(3, main),
+        *_controls(),
+        *_main(5, low),
+        *_helpers_data(),
+        *_adaptive(),
+        *_sweeps(),
+        *_gifts(3, low),
+    ]
+
+
+def _grid(tier: Tier) -> list[Row]:
+    found = []
+    for method, overrides in (("baseline", {}), ("salt", LABELS)):
+        for peak in tier.grid_peaks:
+            for decay in tier.grid_decays:
+                keys = {"optimizer.peak_learning_rate": peak, "optimizer.weight_decay": decay}
+                found.append(
+                    Row(f"grid-{method}-{peak:g}-{decay:g}", f"{method}, peak {peak:g}, weight decay {decay:g}", GRID,
+                        method, {**overrides, **keys}, 1, TUNING_SEEDS, (1.0,))
+                )  # fmt: skip
+    return found
+
+
+def _main(seeds: int, ratio: int) -> list[Row]:
+    return [
+        Row("baseline", "BASELINE", MAIN, "baseline", {}, seeds, ratio=ratio),
+        Row("salt", "SALT", MAIN, "salt", LABELS, seeds, ratio=ratio),
+        Row("rkd", "RKD", MAIN, "rkd", LABELS, seeds, ratio=ratio, stage_1=1.0),
+    ]
+
+
+def _gifts(seeds: int, ratio: int) -> list[Row]:
+    grown = {"grow.helper": "{small}"}
+    return [
+        Row("grow", "growth", GIFTS, "grow", grown, seeds, ratio=ratio),
+        Row("let", "LET", GIFTS, "let", {"represent.helper": "{small}"}, seeds, ratio=ratio),
+        Row("grow_salt", "growth, then SALT", GIFTS, "grow_salt", LABELS | grown, seeds, ratio=ratio),
+        Row("salt_ds", "SALT_DS, online", GIFTS, "salt_ds", LABELS, seeds, ratio=ratio),
+        Row("salt_ds_offline", "SALT_DS, offline", GIFTS, "salt_ds_offline", OFFLINE, seeds, ratio=ratio),
+    ]
+
+
+def _controls() -> list[Row]:
+    def teacher(name: str) -> dict[str, Any]:
+        return {"assist.teacher": f"slm_assist.assist.ngram:{name}"}
+
+    return [
+        Row("smoothing", "label smoothing of SALT's entropy", CONTROLS, "salt",
+            teacher("uniform") | {"assist.weight": "{entropy:small}"}),
+        Row("unigram", "SALT, unigram teacher", CONTROLS, "salt", teacher("unigram")),
+        Row("five_gram", "SALT, 5-gram teacher", CONTROLS, "salt", teacher("five_gram")),
+        Row("untrained", "SALT, untrained helper", CONTROLS, "salt", {"assist.teacher": "{untrained}"}),
+        Row("small_w", "w = 0.1 for the whole run", CONTROLS, "rkd", LABELS | {"assist.weight": 0.1}, stage_1=1.0),
+        Row("random", "SALT, random rows", CONTROLS, "salt_random", LABELS, pair="salt"),
+        Row("same_share", "SALT, random rows, SALT_DS's share of each domain", CONTROLS, "salt_ds_offline",
+            LABELS | {"select.list": "{list:share}"}, pair="salt_ds_offline"),
+        Row("no_labels", "SALT_DS's rows without soft labels, online", CONTROLS, "select_only",
+            {"select.scorer": "{small}"}),
+        Row("no_labels_offline", "SALT_DS's rows without soft labels, offline", CONTROLS, "salt_ds_offline",
+            {"assist.schedule": "none", "assist.teacher": "", "select.list": "{list:top}", "select.fraction": STAGE_1}),
+        Row("unseen", "SALT_DS, offline, then unseen rows only", CONTROLS, "salt_ds_offline",
+            OFFLINE | {"select.then": "unseen"}, pair="salt_ds_offline"),
+        Row("miniplm", "MiniPLM", CONTROLS, "miniplm", {"select.scorer": "{small}", "select.reference": "{small}"}),
+        Row("rho1", "RHO-1", CONTROLS, "rho1", {"select.reference": "{small}"}),
+    ]  # fmt: skip
+
+
+def _helpers_data() -> list[Row]:
+    return [
+        Row("salt_disjoint", "SALT, helper of other rows", DATA, "salt", {"assist.teacher": "{disjoint}"}),
+        Row("salt_more", "SALT, helper of twice the rows", DATA, "salt", {"assist.teacher": "{more}"}),
+    ]
+
+
+def _adaptive() -> list[Row]:
+    return []
+
+
+def _sweeps() -> list[Row]:
+    def row(key: str, title: str, overrides: Mapping[str, Any], file: str = "salt", stage_1: float = STAGE_1) -> Row:
+        keys = (OFFLINE if file == "salt_ds_offline" else LABELS) | overrides
+        return Row(key, title, SWEEPS, file, keys, 1, ends=FEW_ENDS, stage_1=stage_1)
+
+    sizes = [row(f"size-{name}", f"helper: {name}", {"assist.teacher": f"{{{name}}}"})
+             for name in ("tiny", "medium", "equal", "half")]  # fmt: skip
+    temperatures = [row(f"temperature-{t:g}", f"temperature {t:g}", {"assist.temperature": t}) for t in (0.25, 0.5, 4.0)]
+    weights = [row(f"w-{w:g}", f"w {w:g}", {"assist.weight": w}) for w in (0.2, 0.4, 0.9)]
+    lengths = [row(f"n_kd-{part:g}", f"n_KD {part:.0%}", {}, stage_1=part) for part in (0.05, 0.1, 0.3, 0.4, 0.6)]
+    ways = [row(f"schedule-{kind}", f"w ends: {kind}", {"assist.schedule": kind}) for kind in ("linear", "ratio")]
+    auto = row("schedule-auto", "w ends: auto", {"assist.schedule": "auto", "validation.every": 40, "validation.rows": 256},
+               stage_1=AUTO_CAP)  # fmt: skip
+    ks = [row(f"k-{k}", f"SALT_DS, k {k}", {"select.k": k}, "salt_ds") for k in (1, 3, 50)]
+    late = row("scorer-last", "SALT_DS, scored by the last checkpoint", {"select.scorer_step": -1}, "salt_ds")
+    tops = [row(f"top_k-{k}", f"soft labels of the {k} likeliest", {"assist.top_k": k}) for k in (1, 5, 50)]
+    return [*lengths, auto, *sizes, *weights, *temperatures, *ways, *ks, late, *tops]

@@ -1,0 +1,80 @@
+"""Does a small LM's help pay, when, and why? Plans the runs, trains those that are not there yet, and writes the page.
+
+    python experiments/evidence/run.py --data 'pile/*.jsonl.zst' --out runs/evidence --hours 3 --dry_run
+
+prints the ranked plan and what it drops. Without --dry_run it trains. The same command again goes on; given in several
+shells at once, they share the runs (`taskset -c 0`, `-c 1` give each a core). `--collect` writes OUT/README.md and what
+belongs to it from the runs that are there.
+"""
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import corpus
+import planning
+import work
+from planning import Setting
+from tiers import TIERS
+
+from slm_assist import cli
+from slm_assist.errors import UserError, one_of
+from slm_assist.scoring import Stopped as ScoringStopped
+from slm_assist.train import Stopped
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options, rest = _parser().parse_known_args(arguments)
+    try:
+        return _run(options, rest, shlex.join(["python", "experiments/evidence/run.py", *arguments]))
+    except UserError as error:
+        print(f"evidence: error: {error}", file=sys.stderr)
+        return 2
+    except (Stopped, ScoringStopped) as stop:
+        print(f"evidence: {stop}", file=sys.stderr)
+        return 128 + stop.signal
+    except KeyboardInterrupt:
+        print("evidence: stopped; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace, rest: list[str], command: str) -> int:
+    one_of("--tier", options.tier, TIERS)
+    given = cli.parse_overrides(rest)
+    setting = Setting(options.out, TIERS[options.tier], given)
+    planning.check(setting)
+    jobs = planning.plan(setting)
+    if options.only:
+        jobs = planning.only(jobs, options.only)
+    kept, dropped = planning.within(setting, [job for job in jobs if not work.done(job)], options.hours,
+                                    options.processes)  # fmt: skip
+    if options.dry_run:
+        print(planning.describe(setting, kept, dropped, options.processes))
+        return 0
+    corpus.make(options.data, Path(options.out) / "corpus", dataclasses.replace(corpus.Split(), unseen=options.unseen))
+    work.do_all(setting, kept, command)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--data", required=True, help="files of the corpus: JSON lines in the Pile's form")
+    parser.add_argument("--out", default="runs/evidence", help="directory of the runs and the page")
+    parser.add_argument("--tier", default="cpu", help=" | ".join(TIERS))
+    parser.add_argument("--hours", type=float, default=0.0, help="time to plan for; 0: all of the matrix")
+    parser.add_argument("--processes", type=int, default=1, help="how many shells share the work, for the plan")
+    parser.add_argument("--unseen", default=corpus.Split().unseen, help="the domain that is never trained on")
+    parser.add_argument("--only", default="", help="row=KEY, group=NAME, seed=N or ratio=N: these, and what they need")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be trained, and stop")
+    parser.epilog = "Any other key of slm_assist/config.py is set for all runs with --key=value."
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
