@@ -6,6 +6,7 @@ stable hash; one domain is never trained on. Each part is a file `PART.jsonl.xz`
 `data.source=jsonl:` reads; corpus.json says what is in them.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -105,8 +106,11 @@ def _write(files: list[Path], out: Path, split: Split) -> dict[str, dict[str, di
     documents_of: dict[str, dict[str, set]] = defaultdict(lambda: defaultdict(set))
     used: Counter = Counter()  # bytes of each held-out document so far
     partial = {part: part_file(out, part).with_suffix(".partial") for part in PARTS}
-    writers = {part: lzma.open(path, "wt", encoding="utf-8", preset=1) for part, path in partial.items()}
-    try:
+    with contextlib.ExitStack() as stack:
+        writers = {
+            part: stack.enter_context(lzma.open(path, "wt", encoding="utf-8", preset=1))
+            for part, path in partial.items()
+        }
         for record in _records(files):
             domain, name, text = record["meta"]["pile_set_name"], _stem(record), record["text"]
             part = part_of(domain, name, _piece(record), split)
@@ -120,9 +124,6 @@ def _write(files: list[Path], out: Path, split: Split) -> dict[str, dict[str, di
             bytes_of[part][domain] += size
             documents_of[part][domain].add(name)
             writers[part].write(json.dumps(record | {"text": text}, ensure_ascii=False) + "\n")
-    finally:
-        for writer in writers.values():
-            writer.close()
     for part, path in partial.items():
         path.rename(part_file(out, part))
     return {

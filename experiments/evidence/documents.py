@@ -122,7 +122,7 @@ def _keep_facts(out: Path, part: str, rows: Rows, vocabulary: Vocabulary) -> Non
 
 
 def matched_smoothing(helper: str, setting: Setting, w: float = 0.667) -> Mapping[str, float]:
-    """The weight of a uniform teacher that gives targets as much entropy as SALT's have: of validation tokens, in the mean.
+    """The weight of a uniform teacher that gives targets as much entropy, in the mean, as SALT's have.
 
     Returns:
       `weight`, and the `entropy` in nats: of (1 - weight) e_y + weight / V, and of (1 - w) e_y + w q.

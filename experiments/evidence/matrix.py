@@ -1,9 +1,9 @@
 """What is measured: every row of the matrix, in the order in which time is spent on them.
 
 A row is an experiment file and what is set on top of it. In values, `{small}` stands for the directory of that seed's
-small LM, `{list:top}` for a list of rows and `{entropy:small}` for a number; planning.py puts them in and sees to it that
-what they name is there before. Nothing else tells one method from another: all rows have the same student, the same
-learning rate, rows and updates as BASELINE of their seed, unless the row says so.
+small LM, `{list:top}` for a list of rows and `{entropy:small}` for a number; planning.py puts them in and sees to it
+that what they name is there before. Nothing else tells one method from another: all rows have the same student, the
+same learning rate, rows and updates as BASELINE of their seed, unless the row says so.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ HELPER_KEYS = {
     "more": {"steps": 2.0},
     "disjoint": {"data.source": "{other}", "data.vocabulary": "{small}"},
 }
-"""Small LMs beside their shape; `steps` as a part of the student's (or 1). Without a shape of their own: that of `small`."""
+"""Small LMs beside their shape, without one of their own that of `small`; `steps` as a part of the student's (or 1)."""
 
 GRID, MAIN, GIFTS, CONTROLS, DATA, ADAPTIVE, SWEEPS, CONFIRM, EPOCHS, BUCKETS = (
     "grid", "main", "gifts", "controls", "helper's data", "adaptive", "sweeps", "confirmation", "epochs", "buckets",
@@ -76,10 +76,10 @@ def rows(tier: Tier) -> list[Row]:
         Row("cutter", "cuts the buckets", BUCKETS, "baseline", seeds=1, first_seed=TUNING_SEEDS + 50, ends=(1.0,)),
         *_main(5, main),
         *_gifts(3, main),
+        *_adaptive(),
         *_controls(),
         *_main(5, low),
         *_helpers_data(),
-        *_adaptive(),
         *_sweeps(),
         *_gifts(3, low),
     ]
@@ -150,7 +150,26 @@ def _helpers_data() -> list[Row]:
 
 
 def _adaptive() -> list[Row]:
-    return []
+    def row(key: str, title: str, overrides: Mapping[str, Any], stage_1: float, file: str = "salt") -> Row:
+        return Row(key, title, ADAPTIVE, file, LABELS | overrides, 3, ends=FEW_ENDS, stage_1=stage_1)
+
+    def rule(name: str, w: float = 0.667) -> dict[str, Any]:
+        return {"assist.token_weight": f"candidates:{name}", "assist.weight": w}
+
+    return [
+        row("salt-40", "SALT, n_KD 40 %", {}, AUTO_CAP),
+        row("win", "w where the teacher is the better, 40 %", rule("win"), AUTO_CAP),
+        row("win-all", "w where the teacher is the better, whole run", rule("win"), 1.0),
+        row("responsibility", "w by responsibility, 40 %", rule("responsibility", 0.5), AUTO_CAP),
+        row("responsibility-all", "w by responsibility, whole run", rule("responsibility", 0.5), 1.0),
+        row("entropy_gap", "w by the gap of entropies, 40 %", rule("entropy_gap", 0.9), AUTO_CAP),
+        row("hyperbolic", "w = n0 / (n0 + n), 60 %", {"assist.schedule": "candidates:hyperbolic"}, 0.6),
+        row("let_salt", "LET with SALT", {"represent.helper": "{small}"}, STAGE_1, "let_salt"),
+        row("grow-win", "growth, then w where the teacher is the better, 40 %",
+            rule("win") | {"grow.helper": "{small}"}, AUTO_CAP, "grow_salt"),
+        row("grow-other", "growth, then SALT with a helper of other rows",
+            {"grow.helper": "{small}", "assist.teacher": "{disjoint}"}, STAGE_1, "grow_salt"),
+    ]  # fmt: skip
 
 
 def _sweeps() -> list[Row]:
@@ -160,12 +179,12 @@ def _sweeps() -> list[Row]:
 
     sizes = [row(f"size-{name}", f"helper: {name}", {"assist.teacher": f"{{{name}}}"})
              for name in ("tiny", "medium", "equal", "half")]  # fmt: skip
-    temperatures = [row(f"temperature-{t:g}", f"temperature {t:g}", {"assist.temperature": t}) for t in (0.25, 0.5, 4.0)]
+    temperatures = [row(f"tau-{t:g}", f"temperature {t:g}", {"assist.temperature": t}) for t in (0.25, 0.5, 4.0)]
     weights = [row(f"w-{w:g}", f"w {w:g}", {"assist.weight": w}) for w in (0.2, 0.4, 0.9)]
-    lengths = [row(f"n_kd-{part:g}", f"n_KD {part:.0%}", {}, stage_1=part) for part in (0.05, 0.1, 0.3, 0.4, 0.6)]
+    lengths = [row(f"n_kd-{part:g}", f"n_KD {part:.0%}", {}, stage_1=part) for part in (0.05, 0.1, 0.3, 0.6)]
     ways = [row(f"schedule-{kind}", f"w ends: {kind}", {"assist.schedule": kind}) for kind in ("linear", "ratio")]
-    auto = row("schedule-auto", "w ends: auto", {"assist.schedule": "auto", "validation.every": 40, "validation.rows": 256},
-               stage_1=AUTO_CAP)  # fmt: skip
+    looks = {"validation.every": 40, "validation.rows": 256}
+    auto = row("schedule-auto", "w ends: auto", {"assist.schedule": "auto"} | looks, stage_1=AUTO_CAP)
     ks = [row(f"k-{k}", f"SALT_DS, k {k}", {"select.k": k}, "salt_ds") for k in (1, 3, 50)]
     late = row("scorer-last", "SALT_DS, scored by the last checkpoint", {"select.scorer_step": -1}, "salt_ds")
     tops = [row(f"top_k-{k}", f"soft labels of the {k} likeliest", {"assist.top_k": k}) for k in (1, 5, 50)]

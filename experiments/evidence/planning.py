@@ -367,7 +367,7 @@ def describe(setting: Setting, kept: Sequence[Job], dropped: Sequence[Job], proc
         what = f"{job.steps - job.first} updates" if job.kind == TRAIN else job.kind
         lines.append(f"{seconds / 3600:6.2f} h  {job.path}: {what}")
     total = sum(seconds_of(setting, job) for job in (*kept, *dropped)) / processes / 3600
-    lines.append(f"{len(kept)} jobs, about {seconds / 3600:.1f} hours with {processes} process(es) of {setting.tier.name}")
+    lines.append(f"{len(kept)} jobs, about {seconds / 3600:.1f} hours with {processes} process(es)")
     if dropped:
         rows = dict.fromkeys(f"{job.key} at ratio {job.ratio}" for job in dropped)
         lines.append(f"dropped, {len(dropped)} jobs (all would take {total:.1f} hours): {', '.join(rows)}")

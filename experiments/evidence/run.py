@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace, rest: list[str], command: str) -> int:
     if options.dry_run:
         print(planning.describe(setting, kept, dropped, options.processes))
         return 0
-    corpus.make(options.data, Path(options.out) / "corpus", dataclasses.replace(corpus.Split(), unseen=options.unseen))
+    work.make_corpus(options.data, Path(options.out), dataclasses.replace(corpus.Split(), unseen=options.unseen))
     work.do_all(setting, kept, command)
     return 0
 

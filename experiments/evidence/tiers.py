@@ -1,6 +1,6 @@
 """Sizes of the measurement: what two CPU cores do in hours, and what a GPU does.
 
-A tier fixes the student, the small LMs and the text an update reads; all else is in `matrix.py`, the same for all tiers.
+A tier fixes the student, the small LMs and the text an update reads; all else is in `matrix.py`, the same for all.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ CPU = Tier(
     peak=8e-3,
     weight_decay=0.1,
     grid_peaks=(4e-3, 8e-3, 1.6e-2),
-    grid_decays=(0.1, 0.3),
+    grid_decays=(0.03, 0.1, 0.3),
     flops=2.5e10,
     overhead=8.0,
 )
@@ -72,7 +72,7 @@ GPU = Tier(
     peak=2e-3,
     weight_decay=0.1,
     grid_peaks=(1e-3, 2e-3, 4e-3),
-    grid_decays=(0.1, 0.3),
+    grid_decays=(0.03, 0.1, 0.3),
     flops=1.5e14,
     overhead=20.0,
 )  # fmt: skip

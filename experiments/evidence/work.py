@@ -20,13 +20,21 @@ from planning import ENTROPY, LIST, SCORE, TRAIN, Job, Setting
 
 from slm_assist import config, metrics, scoring
 from slm_assist.assist import row_list, score_store
-from slm_assist.errors import UserError
-from slm_assist.run_dir import RunDir
 from slm_assist.selecting import by_domain, select
 from slm_assist.train import train
 
 WAIT = 5.0  # seconds until a process looks again whether what it needs is there
 NOTE = "evidence.json"  # beside a run's files: who made it
+
+
+def make_corpus(globs: str, out: Path, split: corpus.Split) -> None:
+    """Splits the corpus, once, whatever number of processes wants it."""
+    while True:
+        with claim(str(out / "corpus")) as mine:
+            if mine:
+                corpus.make(globs, out / "corpus", split)
+                return
+        time.sleep(WAIT)
 
 
 def do_all(
