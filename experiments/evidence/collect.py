@@ -1,0 +1,204 @@
+"""From the runs' files to `results.json`: every figure of the page. All rows go through the same functions."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import compare
+import corpus
+import measures
+import planning
+import points
+from compare import SHARES, Seeds
+from matrix import GRID, Row
+from measures import PRIMARY
+from planning import BASELINE, Job, Setting
+from points import Found, Point
+
+from slm_assist.report.runs import Run
+
+ALIKE = ("hardware", "devices", "dtype", "versions", "parameters", "vocabulary_size", "seq_len", "batch_rows")
+SECONDS = "seconds.json"
+
+
+def collect(setting: Setting, jobs: Sequence[Job], command: str) -> dict[str, Any]:
+    """Every figure of the measurement, as JSON has it.
+
+    Raises:
+      UserError: nothing to collect, or runs that cannot be compared.
+    """
+    parts = {part: points.read(setting, jobs, part) for part in _parts(setting, jobs)}
+    seconds = _seconds(setting)
+    results: dict[str, Any] = {"command": command, "setting": _setting(setting, parts), "seconds": seconds}
+    for part, found in parts.items():
+        results[part] = {
+            "rows": [_row(setting, found, ratio, row, seconds) for (ratio, _), row in found.rows.items()
+                     if row.group != GRID and found.seeds(ratio, row.key)],
+            "missing": [{"ratio": ratio, "row": key, "title": found.rows[ratio, key].title, "seeds": seeds,
+                         "planned": found.rows[ratio, key].seeds} for (ratio, key), seeds in found.missing.items()],
+        }  # fmt: skip
+    validation = parts[corpus.VALIDATION]
+    results["grid"] = [
+        {"title": row.title, "key": row.key, "method": row.file,
+         "peak": row.overrides["optimizer.peak_learning_rate"], "decay": row.overrides["optimizer.weight_decay"],
+         PRIMARY: _values(seeds_of(validation, ratio, row.key), -1, PRIMARY)["mean"]}
+        for (ratio, _), row in validation.rows.items() if row.group == GRID and validation.seeds(ratio, row.key)
+    ]  # fmt: skip
+    return results
+
+
+def _parts(setting: Setting, jobs: Sequence[Job]) -> list[str]:
+    """The parts of the held-out text on which something was measured."""
+    tested = any(job.row and job.row.test and (Path(job.path) / "evidence.json").is_file() for job in jobs)
+    return [corpus.VALIDATION] + [corpus.TEST] * tested
+
+
+def seeds_of(found: Found, ratio: int, key: str) -> Seeds:
+    return {seed: found.points[ratio, key, seed] for seed in found.seeds(ratio, key)}
+
+
+def _row(setting: Setting, found: Found, ratio: int, row: Row, seconds: dict[str, float] | None) -> dict[str, Any]:
+    """One row of the matrix: what each of its ends reached and cost, and how far it is from BASELINE."""
+    own, base = seeds_of(found, ratio, row.key), seeds_of(found, ratio, BASELINE)
+    pair = seeds_of(found, ratio, row.pair)
+    full = planning.steps_of(setting, ratio)
+    steps = [point.steps for point in next(iter(own.values()))]
+    result = {
+        "key": row.key, "title": row.title, "group": row.group, "ratio": ratio, "pair": row.pair,
+        "seeds": sorted(own), "planned": row.seeds, "steps": full,
+        "switch": [points[-1].switch for points in own.values()],
+        "helper_parameters": next(iter(own.values()))[-1].helper_parameters,
+        "ends": [_end(setting, found, own, base, i, full) for i in range(len(steps))],
+        "runs": _runs(own),
+    }  # fmt: skip
+    shared = {seed: points for seed, points in own.items() if seed in base}
+    if row.key == BASELINE or not shared or full not in steps:
+        return result
+    result["to_quality"] = _to_quality(shared, base, full, seconds)
+    if row.pair != BASELINE and pair:
+        result["against_pair"] = _apart(own, pair, full, pair, PRIMARY)
+    long = round(planning.LONGEST * full)
+    result["against_longest"] = compare.apart(
+        shared, full, lambda seed, point: compare.at_steps(base[seed], long).measures[PRIMARY], PRIMARY,
+        compare.detectable(base, long, PRIMARY, len(shared)),
+    )  # fmt: skip
+    return result
+
+
+def _end(setting: Setting, found: Found, own: Seeds, base: Seeds, i: int, full: int) -> dict[str, Any]:
+    """A row's models of one number of steps."""
+    chosen = {seed: points[i] for seed, points in own.items()}
+    first = next(iter(chosen.values()))
+    names = list(first.measures)
+    result: dict[str, Any] = {
+        "steps": first.steps,
+        "part": first.steps / full,
+        "measures": {name: _values(own, i, name) for name in names},
+        "flops": statistics.fmean(point.flops for point in chosen.values()),
+        "helper_flops": statistics.fmean(point.helper_flops for point in chosen.values()),
+        "tokens": statistics.fmean(point.tokens for point in chosen.values()),
+        "epochs": statistics.fmean(point.rows for point in chosen.values()) / _train_rows(found),
+    }
+    shared = {seed: points for seed, points in own.items() if seed in base}
+    if first.row.key == BASELINE:
+        result["detectable"] = {name: compare.detectable(base, first.steps, name, len(base)) for name in names}
+    elif shared and compare.at_steps(next(iter(base.values())), first.steps):
+        result["equal_steps"] = {name: _apart(shared, base, first.steps, base, name) for name in names}
+        result["equal_flops"] = {
+            share: {name: _at_flops(shared, base, first.steps, name, part) for name in names}
+            for share, part in SHARES.items()
+        }
+    return result
+
+
+def _apart(own: Seeds, other: Seeds, steps: int, base: Seeds, name: str) -> dict[str, Any]:
+    shared = {seed: points for seed, points in own.items() if seed in other}
+    limit = compare.detectable(base, steps, name, len(shared))
+    return compare.apart(
+        shared, steps, lambda seed, point: compare.at_steps(other[seed], steps).measures[name], name, limit
+    )
+
+
+def _at_flops(own: Seeds, base: Seeds, steps: int, name: str, share: float) -> dict[str, Any]:
+    limit = compare.detectable(base, steps, name, len(own))
+    return compare.apart(
+        own, steps, lambda seed, point: compare.at_flops(base[seed], point.cost(share), name), name, limit
+    )
+
+
+def _to_quality(own: Seeds, base: Seeds, full: int, seconds: dict[str, float] | None) -> dict[str, Any]:
+    costs = {"steps": lambda point: float(point.steps)}
+    costs |= {f"flops_{share}": lambda point, part=part: point.cost(part) for share, part in SHARES.items()}
+    stages = {stage for row in (own, base) for points in row.values() for point in points for stage in point.stages}
+    if seconds and stages <= seconds.keys():
+        costs["seconds"] = lambda point: sum(count * seconds[stage] for stage, count in point.stages.items())
+    return {name: compare.to_quality(own, base, full, cost) for name, cost in costs.items()}
+
+
+def _values(own: Seeds, i: int, name: str) -> dict[str, Any]:
+    values = [float(points[i].measures[name][0]) for points in own.values()]
+    return {"mean": statistics.fmean(values), "seeds": [round(value, 6) for value in values]}
+
+
+def _runs(own: Seeds) -> dict[str, Any]:
+    """How a row's runs were made."""
+    made = points.notes([point.path for row in own.values() for point in row])
+    return {
+        "commits": sorted({note["commit"] for note in made}),
+        "seconds": sum(note["seconds"] for note in made),
+        "count": len(made),
+    }
+
+
+def _train_rows(found: Found) -> int:
+    return next(iter(found.runs.values())).facts["train_rows_count"]
+
+
+def _setting(setting: Setting, parts: dict[str, Found]) -> dict[str, Any]:
+    """What a reader must know of all the runs."""
+    found = parts[corpus.VALIDATION]
+    students = [run for run in found.runs.values()]
+    first = students[0]
+    made = json.loads((Path(setting.out) / "corpus" / "corpus.json").read_text(encoding="utf-8"))
+    return {
+        "tier": setting.tier.name,
+        "ratios": list(setting.tier.ratios),
+        "steps": {str(ratio): planning.steps_of(setting, ratio) for ratio in setting.tier.ratios},
+        "longer": {str(r): planning.longer(setting, planning.steps_of(setting, r)) for r in setting.tier.ratios},
+        "stage_1": {str(ratio): round(planning.matrix.STAGE_1 * planning.steps_of(setting, ratio))
+                    for ratio in setting.tier.ratios},
+        **{name: first.facts.get(name) for name in (*ALIKE, "train_tokens", "train_rows_count", "train_rows")},
+        "unlike": [name for name in ALIKE if any(run.facts.get(name) != first.facts.get(name) for run in students)],
+        "optimizer": dict(first.config["optimizer"]) | {"peak_learning_rate": setting.tier.peak,
+                                                         "weight_decay": setting.tier.weight_decay},
+        "relative": {name: planning.relative(setting, name) for name in setting.tier.helpers},
+        "corpus": {"parts": made["parts"], "split": made["split"], "files": made["files"]},
+        "held": {part: {"documents": one.held.count, "domains": list(one.held.domains),
+                        "shares": [round(float(x), 4) for x in one.held.shares],
+                        "bytes": float(one.held.bytes.sum())} for part, one in parts.items()},
+        "replicates": measures.REPLICATES,
+        "updates": {part: _updates(one.points) for part, one in parts.items()},
+    }  # fmt: skip
+
+
+def _updates(found: dict[Any, list[Point]]) -> dict[str, float]:
+    """Fully decayed models, and the updates in which they were trained, shared trunks counted once."""
+    total = sum(own[-1].steps + sum(p.steps - planning.leaves(p.steps) for p in own[:-1]) for own in found.values())
+    return {"models": sum(map(len, found.values())), "updates": total}
+
+
+def _seconds(setting: Setting) -> dict[str, float] | None:
+    """The median seconds of an update by stage, of a quiet benchmark; None before it was run."""
+    path = Path(setting.out) / SECONDS
+    return json.loads(path.read_text(encoding="utf-8"))["median"] if path.is_file() else None
+
+
+def helpers(runs: dict[str, Run]) -> list[dict[str, Any]]:
+    """The small LMs that helped, each kind once."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for run in runs.values():
+        for fact in run.helpers.values():
+            found.setdefault((Path(fact["run"]).name, fact["parameters"]), fact)
+    return [{"name": name, "parameters": size} for name, size in found]
