@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, default=1, help="how many shells share the work, for the plan")
     parser.add_argument("--unseen", default=corpus.Split().unseen, help="the domain that is never trained on")
     parser.add_argument("--only", default="", help="row=KEY, group=NAME, seed=N or ratio=N: these, and what they need")
+    parser.add_argument("--collect", action="store_true", help="write the page from the runs that are there, and stop")
     parser.add_argument("--dry_run", action="store_true", help="say what would be trained, and stop")
     parser.epilog = "Any other key of slm_assist/config.py is set for all runs with --key=value."
     return parser
