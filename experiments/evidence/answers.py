@@ -1,0 +1,214 @@
+"""The questions and what the figures say to them: sentences put together from verdicts, none written for a result."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from compare import BETTER, OPEN, WORSE
+from measures import EQUAL, PRIMARY, UNSEEN
+
+Results = dict[str, Any]
+Row = dict[str, Any]
+
+
+def markdown(results: Results) -> str:
+    """The questions that there are figures for, each with its answer."""
+    found = [(question, answer(results)) for question, answer in QUESTIONS]
+    return "## What it says, at this scale\n\n" + "\n\n".join(
+        f"**{question}** {text}" for question, text in found if text
+    )
+
+
+def row(results: Results, key: str, ratio: int = 0, part: str = "") -> Row | None:
+    """A row at the main ratio unless said: on the test part where it is there, else on the validation part."""
+    ratio = ratio or results["setting"]["ratios"][0]
+    for where in [part] if part else ["test", "validation"]:
+        for found in results.get(where, {}).get("rows", []):
+            if (found["key"], found["ratio"]) == (key, ratio):
+                return found | {"part": where}
+    return None
+
+
+def last(found: Row) -> dict[str, Any]:
+    return next(end for end in found["ends"] if end["steps"] == found["steps"])
+
+
+def said(apart: dict[str, Any] | None) -> str:
+    """A difference in words: the verdict, then the figure."""
+    if not apart or apart["mean"] is None:
+        return "outside the measured range"
+    text = f"{apart['mean']:+.4f}"
+    if apart["interval"]:
+        text += " [{:+.4f}, {:+.4f}]".format(*apart["interval"])
+    return f"{apart['verdict']} ({text})"
+
+
+def _rows(results: Results, keys: Sequence[str], part: str = "") -> list[Row]:
+    return [found for key in keys if (found := row(results, key, part=part))]
+
+
+def _primary(results: Results) -> str:
+    texts = []
+    for found in _rows(results, ("salt", "rkd", "grow", "grow_salt", "salt_ds")):
+        at = last(found)["equal_flops"]
+        where = "test" if found["part"] == "test" else "validation only, not confirmed"
+        texts.append(f"{found['title']} ({where}): in full {said(at['full'][PRIMARY])}, shared by 10 "
+                     f"{said(at['shared'][PRIMARY])}, left out {said(at['free'][PRIMARY])}")  # fmt: skip
+    if not texts:
+        return ""
+    return (
+        "Bits a byte minus BASELINE's at equal total FLOPs, by how the small LM's training is charged. "
+        + "; ".join(texts)
+        + "."
+    )
+
+
+def _earlier(results: Results) -> str:
+    texts = []
+    for found in _rows(results, ("salt", "rkd", "grow", "grow_salt", "let", "salt_ds", "salt_ds_offline")):
+        reached = found.get("to_quality")
+        if not reached:
+            continue
+        words = {"steps": "of its steps", "flops_free": "of its FLOPs with the small LM's training left out",
+                 "flops_full": "in full", "seconds": "of its seconds"}  # fmt: skip
+        texts.append(f"{found['title']} at " + ", ".join(
+            f"{_part(reached[name])} {text}" for name, text in words.items() if name in reached
+        ))  # fmt: skip
+    return "BASELINE's quality at all of its steps is reached by " + "; ".join(texts) + "." if texts else ""
+
+
+def _part(found: dict[str, Any]) -> str:
+    if found["where"] == "never":
+        return "no part"
+    text = ("at most " if found["where"] == "before" else "") + f"{found['mean']:.2f}"
+    if found["interval"]:
+        text += " [{}, {}]".format(*("never" if x is None else f"{x:.2f}" for x in found["interval"]))
+    return text
+
+
+def _where(results: Results) -> str:
+    texts = []
+    for found in _rows(results, ("salt", "rkd", "grow")):
+        for end in (found["ends"][0], last(found)):
+            at = end.get("equal_steps", {})
+            sides = {
+                verdict: [_name(name) for name, apart in at.items() if apart["verdict"] == verdict and ":" in name]
+                for verdict in (BETTER, WORSE)
+            }
+            words = [f"{verdict} on {', '.join(names)}" for verdict, names in sides.items() if names]
+            texts.append(f"{found['title']} at {end['part']:.0%} of the steps is " + (
+                " and ".join(words) if words else "resolved on no domain or bucket"))  # fmt: skip
+        unseen = last(found)["equal_steps"].get(UNSEEN)
+        texts.append(f"on the domain never trained on it is {said(unseen)}, in the mean of domains "
+                     f"{said(last(found)['equal_steps'][EQUAL])}")  # fmt: skip
+    return "At equal steps, " + "; ".join(texts) + "." if texts else ""
+
+
+def _name(measure: str) -> str:
+    kind, _, name = measure.partition(":")
+    return f"{name} rows" if kind == "bucket" else name
+
+
+def _explored(results: Results, keys: Sequence[str], what: str) -> str:
+    """Exploratory rows and SALT at the same seed, best first; no verdict is made of one seed."""
+    salt, found = row(results, "salt", part="validation"), _rows(results, keys, "validation")
+    if not salt or not found:
+        return ""
+    seed = found[0]["seeds"][0]
+    values = {one["title"]: _at_seed(one, seed) for one in [salt, *found] if seed in one["seeds"]}
+    ranked = ", ".join(f"{title} {value:.4f}" for title, value in sorted(values.items(), key=lambda item: item[1]))
+    base = row(results, "baseline", part="validation")
+    limit = last(base)["detectable"][PRIMARY]
+    spread = f", and differences below {limit:.4f} are noise" if limit else ""
+    return f"{what}, bits a byte of one seed, best first: {ranked}. Exploratory: one seed{spread}."
+
+
+def _at_seed(found: Row, seed: int) -> float:
+    return last(found)["measures"][PRIMARY]["seeds"][found["seeds"].index(seed)]
+
+
+def _leave(results: Results) -> str:
+    keys = ("n_kd-0.05", "n_kd-0.1", "n_kd-0.3", "salt-40", "n_kd-0.6", "rkd", "schedule-auto")
+    text = _explored(results, keys, "By how long it helps (SALT: 17 %)")
+    auto = row(results, "schedule-auto", part="validation")
+    if auto and text:
+        switch = auto["switch"][0]
+        ended = f"after {switch} updates, {switch / auto['steps']:.0%}" if switch else "never"
+        text += f" `auto` let it go {ended}."
+    return text
+
+
+def _which(results: Results) -> str:
+    keys = ("size-tiny", "size-medium", "size-equal", "size-half")
+    text = _explored(results, keys, "By the small LM (SALT's has 0.3 of the student's parameters)")
+    costs = [(found["title"], last(found)["equal_flops"]["full"][PRIMARY]) for found in _rows(results, ("salt", *keys))]
+    measured = [(title, apart["mean"]) for title, apart in costs if apart["mean"] is not None]
+    if text and measured:
+        title, mean = min(measured, key=lambda pair: pair[1])
+        text += (
+            f" With its training charged in full the best of those within the measured range is {title}, {mean:+.4f} "
+            "from BASELINE at equal FLOPs."
+        )
+    return text
+
+
+def _selection(results: Results) -> str:
+    texts = []
+    for found in _rows(results, ("salt_ds", "salt_ds_offline", "no_labels", "no_labels_offline", "miniplm", "rho1")):
+        at = last(found)
+        texts.append(f"{found['title']} at equal steps {said(at['equal_steps'][PRIMARY])}, with its scoring counted "
+                     f"(training of the small LM left out) {said(at['equal_flops']['free'][PRIMARY])}")  # fmt: skip
+    for found in _rows(results, ("random", "same_share", "unseen")):
+        if found.get("against_pair"):
+            texts.append(f"{found['title']} against its pair {said(found['against_pair'])}")
+    return "; ".join(texts) + "." if texts else ""
+
+
+def _growth(results: Results) -> str:
+    grown, both = row(results, "grow", part="validation"), row(results, "grow_salt", part="validation")
+    if not grown or not both or not both.get("against_pair"):
+        return ""
+    return f"Growth, then SALT against growth alone, at equal steps: {said(both['against_pair'])}."
+
+
+def _controls(results: Results) -> str:
+    salt = row(results, "salt", part="validation")
+    rows = _rows(results, ("smoothing", "unigram", "five_gram", "untrained", "small_w"), "validation")
+    if not salt or not rows:
+        return ""
+    texts = [f"{found['title']} {said(last(found)['equal_steps'][PRIMARY])}" for found in [salt, *rows]]
+    return "Against BASELINE at equal steps: " + "; ".join(texts) + "."
+
+
+def _data(results: Results) -> str:
+    texts = [
+        f"{found['title']}: at equal steps {said(last(found)['equal_steps'][PRIMARY])}, against BASELINE of twice the "
+        f"steps {said(found.get('against_longest'))}"
+        for found in _rows(results, ("salt_disjoint", "salt_more"), "validation")
+    ]
+    return "; ".join(texts) + "." if texts else ""
+
+
+def _adaptive(results: Results) -> str:
+    texts = []
+    for found in results["validation"]["rows"]:
+        if found["group"] == "adaptive" and found.get("against_pair"):
+            texts.append(f"{found['title']} {said(found['against_pair'])}")
+    if not texts:
+        return ""
+    resolved = any(f" {BETTER} (" in text for text in texts)
+    text = "Against SALT at equal steps, on the seeds that choices are made on: " + "; ".join(texts) + "."
+    return text if resolved else text + f" None is better than SALT by a margin that is resolved (`{OPEN}`)."
+
+
+QUESTIONS: tuple[tuple[str, Callable[[Results], str]], ...] = (
+    ("Does it pay? (the primary endpoint)", _primary),
+    ("How much earlier?", _earlier),
+    ("Where does it gain and lose?", _where),
+    ("Is it the small LM's knowledge?", _controls),
+    ("When should the small LM leave?", _leave),
+    ("Which small LM is worth its cost?", _which),
+    ("Does it matter what the small LM has read?", _data),
+    ("Does selection pay once its scoring is counted?", _selection),
+    ("Do labels add to growth?", _growth),
+    ("Is there a better rule for w, or a better combination?", _adaptive),
+)

@@ -12,9 +12,9 @@ import measures
 import planning
 import points
 from compare import SHARES, Seeds
-from matrix import GRID, Row
+from matrix import BASELINE, GRID, Row
 from measures import PRIMARY
-from planning import BASELINE, Job, Setting
+from planning import Job, Setting
 from points import Found, Point
 
 from slm_assist.report.runs import Run
@@ -159,7 +159,7 @@ def _train_rows(found: Found) -> int:
 def _setting(setting: Setting, parts: dict[str, Found]) -> dict[str, Any]:
     """What a reader must know of all the runs."""
     found = parts[corpus.VALIDATION]
-    students = [run for run in found.runs.values()]
+    students = list(found.runs.values())
     first = students[0]
     made = json.loads((Path(setting.out) / "corpus" / "corpus.json").read_text(encoding="utf-8"))
     return {

@@ -1,8 +1,8 @@
 """Comparisons of points, the same for every method: at equal steps, at equal FLOPs, and the cost to a quality.
 
 Pairs share a seed. BASELINE at a method's FLOPs is interpolated between BASELINE's own fully decayed models of that
-seed, linearly in the logarithm of the FLOPs, and never extrapolated; a cost to a quality is interpolated in the same way
-between the method's own. A difference is called better or worse only where the 95 % interval leaves out 0 and the
+seed, linearly in the logarithm of the FLOPs, and never extrapolated; a cost to a quality is interpolated in the same
+way between the method's own. A difference is called better or worse only where the 95 % interval leaves out 0 and the
 difference is at least the minimum detectable one by BASELINE's own spread over seeds.
 """
 
@@ -99,7 +99,9 @@ def to_quality(seeds: Seeds, base: Seeds, steps: int, cost: Callable[[Point], fl
     shared = [seed for seed in seeds if seed in base]
     paid = [math.log(np.mean([cost(seeds[seed][i]) for seed in shared])) for i in range(len(seeds[shared[0]]))]
     target_cost = np.mean([cost(at_steps(base[seed], steps)) for seed in shared])
-    curve = np.stack([[point.measures[PRIMARY] for point in seeds[seed]] for seed in shared])  # [seeds, ends, replicates]
+    curve = np.stack(
+        [[point.measures[PRIMARY] for point in seeds[seed]] for seed in shared]
+    )  # [seeds, ends, replicates]
     target = np.stack([at_steps(base[seed], steps).measures[PRIMARY] for seed in shared])  # [seeds, replicates]
     rng, n = np.random.default_rng(1), len(shared)
     found = []

@@ -16,6 +16,9 @@ ENDS = (0.4, 0.5, 0.6, 0.7, 0.8, 1.0)  # parts of the steps at which every metho
 FEW_ENDS = (0.7, 1.0)  # of rows that are only explored
 STAGE_1 = 0.173  # of the steps, for soft labels, selection and representations alike: the paper's 36K of 208K
 AUTO_CAP = 0.4
+BASELINE = "baseline"
+EPOCH_DECAYS = (0.03, 0.1, 0.3, 1.0)  # more epochs want more of it
+FEW = 0.25  # of the rows that a run reads, where it reads them over and over
 MAIN_SEEDS, TUNING_SEEDS, FRESH_SEEDS = 0, 200, 100  # where each set of seeds begins
 STEP_KEYS = {"assist.schedule": "assist.steps", "represent.schedule": "represent.steps"}
 
@@ -57,6 +60,7 @@ HELPER_KEYS = {
     "half": {"steps": 0.5},
     "more": {"steps": 2.0},
     "disjoint": {"data.source": "{other}", "data.vocabulary": "{small}"},
+    "few": {"select.rows": "list", "select.list": "{list:few}", "select.fraction": 1.0},
 }
 """Small LMs beside their shape, without one of their own that of `small`; `steps` as a part of the student's (or 1)."""
 
@@ -81,7 +85,9 @@ def rows(tier: Tier) -> list[Row]:
         *_main(5, low),
         *_helpers_data(),
         *_sweeps(),
+        *_confirmation(),
         *_gifts(3, low),
+        *_epochs(),
     ]
 
 
@@ -140,6 +146,26 @@ def _controls() -> list[Row]:
         Row("miniplm", "MiniPLM", CONTROLS, "miniplm", {"select.scorer": "{small}", "select.reference": "{small}"}),
         Row("rho1", "RHO-1", CONTROLS, "rho1", {"select.reference": "{small}"}),
     ]  # fmt: skip
+
+
+def _confirmation() -> list[Row]:
+    """What is claimed, on seeds and documents that nothing was chosen by."""
+    chosen = [*_main(5, 0), *(row for row in _gifts(5, 0) if row.key in ("grow", "salt_ds"))]
+    fresh = {"group": CONFIRM, "first_seed": FRESH_SEEDS, "test": True}
+    return [dataclasses.replace(row, **fresh) for row in chosen]
+
+
+def _epochs() -> list[Row]:
+    few = {"select.rows": "list", "select.list": "{list:few}", "select.fraction": 1.0}
+
+    def row(method: str, decay: float, overrides: Mapping[str, Any], pair: str = BASELINE) -> Row:
+        title = f"{'BASELINE' if method == BASELINE else 'SALT'}, weight decay {decay:g}"
+        keys = few | overrides | {"optimizer.weight_decay": decay}
+        return Row(f"epochs-{method}-{decay:g}", title, EPOCHS, method, keys, 2, ends=(1.0,), pair=pair)
+
+    salt = {"assist.teacher": "{few}"}
+    return [one for decay in EPOCH_DECAYS
+            for one in (row(BASELINE, decay, {}), row("salt", decay, salt, f"epochs-baseline-{decay:g}"))]  # fmt: skip
 
 
 def _helpers_data() -> list[Row]:

@@ -1,4 +1,4 @@
-"""`results.json` as a Markdown page: every number on it comes from there, every sentence about a number from `verdict`."""
+"""`results.json` as a Markdown page: every number on it comes from there, every judgement from `compare.verdict`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -85,14 +85,14 @@ def _how(results: Results) -> str:
     return "\n\n".join([
         "## How it was measured",
         table(("", ""), facts),
-        f"A whole run is {steps} of {s['batch_rows']} x {s['seq_len']} tokens; {o['name']}, the learning rate rises for "
-        f"{o['warmup_steps']} updates to {o['peak_learning_rate']:g}, stays, and falls to {o['final_fraction']:g} of that "
-        f"over the last {o['decay_fraction']:.0%}; weight decay {o['weight_decay']:g}. Every compared model is the end "
-        "of a branch of its own, fully decayed: at 40, 50, 60, 70, 80 and 100 % of the steps for every method; nothing "
-        "else is quoted. No row of text is read twice in a run but where a table says so. Each seed has its own small "
-        "LM, initialisation and order of the data, and all methods of a seed share them; the small LM has read the same "
-        f"rows, as in the paper. Help ends after {s['stage_1'][main]} updates (17.3 %) unless a row says otherwise."
-        + unlike,
+        f"A whole run is {steps} of {s['batch_rows']} x {s['seq_len']} tokens; {o['name']}, the learning rate rises "
+        f"for {o['warmup_steps']} updates to {o['peak_learning_rate']:g}, stays, and falls to {o['final_fraction']:g} "
+        f"of that over the last {o['decay_fraction']:.0%}; weight decay {o['weight_decay']:g}. Every compared model is "
+        "the end of a branch of its own, fully decayed: at 40, 50, 60, 70, 80 and 100 % of the steps for every method "
+        "(of rows that only explore: 70 and 100 %); nothing else is quoted. No row of text is read twice in a run but "
+        "where a table says so. Each seed has its own small LM, initialisation and order of the data, and all methods "
+        "of a seed share them; the small LM has read the same rows, as in the paper. Help ends after "
+        f"{s['stage_1'][main]} updates (17.3 %) unless a row says otherwise.{unlike}",
         "The measure is bits a byte of held-out documents, domains weighed by their share of the training text; beside "
         "it their equal-weight mean and the domain never trained on. **The primary endpoint, named beforehand, is bits "
         "a byte on the test part at equal total FLOPs, the small LM's training charged in full, at all of the steps of "
@@ -130,7 +130,9 @@ def _at_the_end(rows: Sequence[dict[str, Any]]) -> str:
     found = []
     for row in rows:
         end = last(row)
-        limit = (end.get("equal_steps") or {}).get(PRIMARY, {}).get("detectable") or (end.get("detectable") or {}).get(PRIMARY)
+        limit = (end.get("equal_steps") or {}).get(PRIMARY, {}).get("detectable") or (end.get("detectable") or {}).get(
+            PRIMARY
+        )
         cells = [signed((end.get("equal_flops") or {}).get(share, {}).get(PRIMARY)) for share in SHARES]
         found.append((
             row["title"], str(len(row["seeds"])), f"{end['measures'][PRIMARY]['mean']:.4f}",
@@ -159,8 +161,8 @@ def _to_quality(rows: Sequence[dict[str, Any]]) -> str:
             found.append((row["title"], *(_cost(row["to_quality"].get(cost)) for cost in costs)))
     header = ("row", "steps", "FLOPs, small LM left out", "shared by 10", "in full", "seconds, small LM left out")
     return (
-        "Cost to BASELINE's quality at all of its steps, as a part of BASELINE's; below 1 is cheaper. `≤`: the first of "
-        f"the row's models is as good already; `never`: none is; {NONE}: not measured.\n\n" + table(header, found)
+        "Cost to BASELINE's quality at all of its steps, as a part of BASELINE's; below 1 is cheaper. `≤`: the first "
+        f"of the row's models is as good already; `never`: none is; {NONE}: not measured.\n\n" + table(header, found)
     )
 
 
@@ -180,7 +182,9 @@ def _measures(rows: Sequence[dict[str, Any]]) -> str:
     shown = [name for name in names if name != PRIMARY]
     titles = {EQUAL: "mean of domains", UNSEEN: "never trained on"}
     header = ("row", *(titles.get(name, name.partition(":")[2]) for name in shown))
-    found = [(row["title"], *(_short((last(row).get("equal_steps") or {}).get(name)) for name in shown)) for row in rows]
+    found = [
+        (row["title"], *(_short((last(row).get("equal_steps") or {}).get(name)) for name in shown)) for row in rows
+    ]
     return "By domain and bucket, minus BASELINE at equal steps (bold: better or worse):\n\n" + table(header, found)
 
 
@@ -233,8 +237,8 @@ def _stands_on(results: Results) -> str:
                      f"{'' if epochs <= 1 else 'at most '}{unique:,.0f}", f"{epochs:.3f}",
                      f"{end['tokens'] / s['parameters']:.1f}", f"{end['flops']:.4g}", f"{end['helper_flops']:.4g}",
                      ", ".join(map(str, row["seeds"]))))  # fmt: skip
-    header = ("row", "part", "ratio", "tokens learnt from", "unique", "epochs of rows read", "tokens a parameter", "FLOPs",
-              "FLOPs of the small LM's training", "seeds")  # fmt: skip
+    header = ("row", "part", "ratio", "tokens learnt from", "unique", "epochs of rows read", "tokens a parameter",
+              "FLOPs", "FLOPs of the small LM's training", "seeds")  # fmt: skip
     return "## What each row stands on\n\nAt all of the steps; rows read include candidates.\n\n" + table(header, rows)
 
 
@@ -261,5 +265,3 @@ def _missing(results: Results) -> str:
     if found:
         tiers.append(table(("row", "part", "ratio", "seeds that are there"), found))
     return "## What is not here\n\n" + "\n\n".join(tiers) if tiers else ""
-
-

@@ -16,7 +16,7 @@ from typing import Any
 import corpus
 import jax
 import matrix
-from matrix import Row
+from matrix import BASELINE, Row
 from tiers import Tier
 
 from slm_assist import config, flops, shapes
@@ -24,7 +24,6 @@ from slm_assist.errors import UserError
 from slm_assist.models import Transformer
 
 FILES = Path(__file__).parents[1]
-BASELINE = "baseline"
 DECAY = 0.2  # part of each end's steps over which the learning rate falls
 POOL = 0.2  # part of the rows that is kept where a list is chosen beforehand: the paper's
 LONGEST = 2.0  # BASELINE goes on to so many times the steps, so that no method costs more than it was measured at
@@ -230,7 +229,10 @@ def _list(setting: Setting, ratio: int, seed: int, name: str) -> list[Job]:
     path = setting.directory(ratio, seed) / "lists" / f"{name}.npz"
     helpers = _helper(setting, ratio, seed, "small")
     if name == "few":
-        return [*helpers, Job(LIST, str(path), name, seed, ratio, needs=(helpers[-1].path,))]
+        resolved = {**_own(setting, ratio, seed), **setting.tier.student}
+        rows = round(matrix.FEW * steps_of(setting, ratio) * resolved["batch_rows"])
+        job = Job(LIST, str(path), name, seed, ratio, BASELINE, resolved, (helpers[-1].path,), steps=rows)
+        return [*helpers, job]
     scores = _scores(setting, ratio, seed, helpers[-1].path)
     top = Job(LIST, str(path.with_name("top.npz")), "top", seed, ratio, needs=(scores.path,))
     found = [*helpers, scores, top]

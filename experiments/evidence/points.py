@@ -79,7 +79,9 @@ def read(setting: Setting, jobs: Sequence[Job], part: str) -> Found:
     chosen = [job for job in jobs if job.kind == TRAIN and job.row and job.row.test == (part == corpus.TEST)]
     cutter = next(job for job in jobs if job.row and job.row.group == BUCKETS)
     if not work.done(cutter):
-        raise UserError(f"{cutter.path}: the run that cuts the buckets is not there yet; train with --only=group=buckets")
+        raise UserError(
+            f"{cutter.path}: the run that cuts the buckets is not there yet; train with --only=group=buckets"
+        )
     held = measures.held(Path(setting.out), part, Path(cutter.path))
     there = [job for job in chosen if work.done(job) and job.row.group != BUCKETS]
     if not there:

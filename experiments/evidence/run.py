@@ -14,13 +14,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import collect
 import corpus
+import page
+import pictures
 import planning
 import work
-from planning import Setting
+from planning import Job, Setting
 from tiers import TIERS
 
-from slm_assist import cli
+from slm_assist import cli, metrics
 from slm_assist.errors import UserError, one_of
 from slm_assist.scoring import Stopped as ScoringStopped
 from slm_assist.train import Stopped
@@ -50,6 +53,8 @@ def _run(options: argparse.Namespace, rest: list[str], command: str) -> int:
     jobs = planning.plan(setting)
     if options.only:
         jobs = planning.only(jobs, options.only)
+    if options.collect:
+        return _collect(setting, jobs, command)
     kept, dropped = planning.within(setting, [job for job in jobs if not work.done(job)], options.hours,
                                     options.processes)  # fmt: skip
     if options.dry_run:
@@ -57,6 +62,20 @@ def _run(options: argparse.Namespace, rest: list[str], command: str) -> int:
         return 0
     work.make_corpus(options.data, Path(options.out), dataclasses.replace(corpus.Split(), unseen=options.unseen))
     work.do_all(setting, kept, command)
+    return 0
+
+
+def _collect(setting: Setting, jobs: Sequence[Job], command: str) -> int:
+    """Writes the page, its figures and its pictures into the directory of all runs."""
+    results = collect.collect(setting, jobs, command)
+    drawn = pictures.all_pictures(results)
+    results["pictures"] = sorted(drawn)
+    out = Path(setting.out)
+    metrics.write_json(out / "results.json", results)
+    for name, picture in drawn.items():
+        (out / name).write_bytes(picture)
+    (out / "README.md").write_text(page.markdown(results), encoding="utf-8")
+    print(out / "README.md")
     return 0
 
 

@@ -19,7 +19,8 @@ import planning
 from planning import ENTROPY, LIST, SCORE, TRAIN, Job, Setting
 
 from slm_assist import config, metrics, scoring
-from slm_assist.assist import row_list, score_store
+from slm_assist import corpus as prepared
+from slm_assist.assist import row_list, score_store, selection
 from slm_assist.selecting import by_domain, select
 from slm_assist.train import train
 
@@ -138,7 +139,11 @@ def _list(setting: Setting, job: Job, command: str) -> None:
         select(job.needs[0], job.path, rule="random", rows=len(top), quotas=quotas, seed=job.seed,
                say=lambda line: None)  # fmt: skip
     else:
-        raise AssertionError(job.key)
+        resolved, _ = config.resolve(str(planning.FILES / f"{job.file}.py"), dict(job.overrides))
+        rows = prepared.prepare(resolved, say=lambda line: None).train
+        ids = selection.random(len(rows), job.steps, job.seed)
+        names = {"corpus": rows.fingerprint, "rows": len(rows), "vocabulary": rows.vocabulary.fingerprint}
+        row_list.write(job.path, row_list.make(ids, **names, made={"rule": "random", "seed": job.seed}))
 
 
 def _entropy(setting: Setting, job: Job, command: str) -> None:
