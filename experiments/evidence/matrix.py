@@ -79,6 +79,7 @@ def rows(tier: Tier) -> list[Row]:
         *_grid(tier),
         Row("cutter", "cuts the buckets", BUCKETS, "baseline", seeds=1, first_seed=TUNING_SEEDS + 50, ends=(1.0,)),
         *_main(5, main),
+        *_own_best(tier),
         *_gifts(3, main),
         *_adaptive(),
         *_controls(),
@@ -94,13 +95,12 @@ def rows(tier: Tier) -> list[Row]:
 def _grid(tier: Tier) -> list[Row]:
     found = []
     for method, overrides in (("baseline", {}), ("salt", LABELS)):
-        for peak in tier.grid_peaks:
-            for decay in tier.grid_decays:
-                keys = {"optimizer.peak_learning_rate": peak, "optimizer.weight_decay": decay}
-                found.append(
-                    Row(f"grid-{method}-{peak:g}-{decay:g}", f"{method}, peak {peak:g}, weight decay {decay:g}", GRID,
-                        method, {**overrides, **keys}, 1, TUNING_SEEDS, (1.0,))
-                )  # fmt: skip
+        for peak, decay in tier.grid:
+            keys = {"optimizer.peak_learning_rate": peak, "optimizer.weight_decay": decay}
+            found.append(
+                Row(f"grid-{method}-{peak:g}-{decay:g}", f"{method}, peak {peak:g}, weight decay {decay:g}", GRID,
+                    method, {**overrides, **keys}, 1, TUNING_SEEDS, (1.0,))
+            )  # fmt: skip
     return found
 
 
@@ -110,6 +110,18 @@ def _main(seeds: int, ratio: int) -> list[Row]:
         Row("salt", "SALT", MAIN, "salt", LABELS, seeds, ratio=ratio),
         Row("rkd", "RKD", MAIN, "rkd", LABELS, seeds, ratio=ratio, stage_1=1.0),
     ]
+
+
+def _own_best(tier: Tier) -> list[Row]:
+    """Methods whose best of the grid is another than BASELINE's, at their own."""
+    found = []
+    for row in _main(5, tier.ratios[0]):
+        if row.key in tier.own_best:
+            peak, decay = tier.own_best[row.key]
+            keys = {"optimizer.peak_learning_rate": peak, "optimizer.weight_decay": decay}
+            found.append(dataclasses.replace(row, key=f"{row.key}-own", title=f"{row.title}, its own best rates",
+                                             overrides={**row.overrides, **keys}))  # fmt: skip
+    return found
 
 
 def _gifts(seeds: int, ratio: int) -> list[Row]:

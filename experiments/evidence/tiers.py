@@ -4,6 +4,7 @@ A tier fixes the student, the small LMs and the text an update reads; all else i
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ class Tier:
       ratios: tokens a parameter of a whole run, the main one first.
       peak, weight_decay: BASELINE's best of the grid; all main rows have them.
       own_best: (peak, weight decay) of the methods whose best of the same grid is another.
-      grid_peaks, grid_decays: the grid.
+      grid: (peak, weight decay) pairs that are tried.
       flops: a second that one process computes, and `overhead`, seconds that a run takes beside, for the plan only.
     """
 
@@ -29,8 +30,7 @@ class Tier:
     ratios: tuple[int, ...]
     peak: float
     weight_decay: float
-    grid_peaks: tuple[float, ...]
-    grid_decays: tuple[float, ...]
+    grid: tuple[tuple[float, float], ...]
     flops: float
     overhead: float
     own_best: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
@@ -54,10 +54,16 @@ CPU = Tier(
     },
     shared={"batch_rows": 16, "data.seq_len": 128, "data.vocab_size": 512, "optimizer.warmup_steps": 50},
     ratios=(20, 5),
-    peak=8e-3,
+    peak=1.6e-2,
     weight_decay=0.03,
-    grid_peaks=(4e-3, 8e-3, 1.6e-2),
-    grid_decays=(0.03, 0.1, 0.3),
+    own_best={"salt": (8e-3, 0.03)},
+    grid=(
+        *itertools.product((4e-3, 8e-3, 1.6e-2), (0.03, 0.1, 0.3)),
+        (8e-3, 0.01),
+        (1.6e-2, 0.01),
+        (3.2e-2, 0.01),
+        (3.2e-2, 0.03),
+    ),
     flops=2.5e10,
     overhead=8.0,
 )
@@ -71,8 +77,7 @@ GPU = Tier(
     ratios=(2, 20),
     peak=2e-3,
     weight_decay=0.1,
-    grid_peaks=(1e-3, 2e-3, 4e-3),
-    grid_decays=(0.03, 0.1, 0.3),
+    grid=tuple(itertools.product((1e-3, 2e-3, 4e-3), (0.03, 0.1, 0.3))),
     flops=1.5e14,
     overhead=20.0,
 )  # fmt: skip
