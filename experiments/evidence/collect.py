@@ -11,16 +11,14 @@ import corpus
 import measures
 import planning
 import points
+import timing
 from compare import SHARES, Seeds
 from matrix import BASELINE, GRID, Row
 from measures import PRIMARY
 from planning import Job, Setting
 from points import Found, Point
 
-from slm_assist.report.runs import Run
-
 ALIKE = ("hardware", "devices", "dtype", "versions", "parameters", "vocabulary_size", "seq_len", "batch_rows")
-SECONDS = "seconds.json"
 
 
 def collect(setting: Setting, jobs: Sequence[Job], command: str) -> dict[str, Any]:
@@ -30,7 +28,7 @@ def collect(setting: Setting, jobs: Sequence[Job], command: str) -> dict[str, An
       UserError: nothing to collect, or runs that cannot be compared.
     """
     parts = {part: points.read(setting, jobs, part) for part in _parts(setting, jobs)}
-    seconds = _seconds(setting)
+    seconds = timing.read(setting)
     results: dict[str, Any] = {"command": command, "setting": _setting(setting, parts), "seconds": seconds}
     for part, found in parts.items():
         results[part] = {
@@ -131,9 +129,9 @@ def _at_flops(own: Seeds, base: Seeds, steps: int, name: str, share: float) -> d
 def _to_quality(own: Seeds, base: Seeds, full: int, seconds: dict[str, float] | None) -> dict[str, Any]:
     costs = {"steps": lambda point: float(point.steps)}
     costs |= {f"flops_{share}": lambda point, part=part: point.cost(part) for share, part in SHARES.items()}
-    stages = {stage for row in (own, base) for points in row.values() for point in points for stage in point.stages}
-    if seconds and stages <= seconds.keys():
-        costs["seconds"] = lambda point: sum(count * seconds[stage] for stage, count in point.stages.items())
+    everyone = [point for row in (own, base) for points in row.values() for point in points]
+    if seconds and None not in [timing.seconds_of(point, seconds) for point in everyone]:
+        costs["seconds"] = lambda point: timing.seconds_of(point, seconds)
     return {name: compare.to_quality(own, base, full, cost) for name, cost in costs.items()}
 
 
@@ -187,18 +185,3 @@ def _updates(found: dict[Any, list[Point]]) -> dict[str, float]:
     """Fully decayed models, and the updates in which they were trained, shared trunks counted once."""
     total = sum(own[-1].steps + sum(p.steps - planning.leaves(p.steps) for p in own[:-1]) for own in found.values())
     return {"models": sum(map(len, found.values())), "updates": total}
-
-
-def _seconds(setting: Setting) -> dict[str, float] | None:
-    """The median seconds of an update by stage, of a quiet benchmark; None before it was run."""
-    path = Path(setting.out) / SECONDS
-    return json.loads(path.read_text(encoding="utf-8"))["median"] if path.is_file() else None
-
-
-def helpers(runs: dict[str, Run]) -> list[dict[str, Any]]:
-    """The small LMs that helped, each kind once."""
-    found: dict[tuple, dict[str, Any]] = {}
-    for run in runs.values():
-        for fact in run.helpers.values():
-            found.setdefault((Path(fact["run"]).name, fact["parameters"]), fact)
-    return [{"name": name, "parameters": size} for name, size in found]

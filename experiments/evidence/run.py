@@ -19,6 +19,7 @@ import corpus
 import page
 import pictures
 import planning
+import timing
 import work
 from planning import Job, Setting
 from tiers import TIERS
@@ -60,6 +61,9 @@ def _run(options: argparse.Namespace, rest: list[str], command: str) -> int:
     if options.dry_run:
         print(planning.describe(setting, kept, dropped, options.processes))
         return 0
+    if options.time:
+        print(timing.measure(setting, jobs, command))
+        return 0
     work.make_corpus(options.data, Path(options.out), dataclasses.replace(corpus.Split(), unseen=options.unseen))
     work.do_all(setting, kept, command)
     return 0
@@ -91,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--unseen", default=corpus.Split().unseen, help="the domain that is never trained on")
     parser.add_argument("--only", default="", help="row=KEY, group=NAME, seed=N or ratio=N: these, and what they need")
     parser.add_argument("--collect", action="store_true", help="write the page from the runs that are there, and stop")
+    parser.add_argument("--time", action="store_true", help="time updates, for seconds: when the machine is quiet")
     parser.add_argument("--dry_run", action="store_true", help="say what would be trained, and stop")
     parser.epilog = "Any other key of slm_assist/config.py is set for all runs with --key=value."
     return parser

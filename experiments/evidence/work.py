@@ -21,6 +21,7 @@ from planning import ENTROPY, LIST, SCORE, TRAIN, Job, Setting
 from slm_assist import config, metrics, scoring
 from slm_assist import corpus as prepared
 from slm_assist.assist import row_list, score_store, selection
+from slm_assist.errors import UserError
 from slm_assist.selecting import by_domain, select
 from slm_assist.train import train
 
@@ -47,25 +48,50 @@ def do_all(
 ) -> None:
     """Does every job that is not done, in turn with other processes that do the same.
 
-    Returns when all are done, or other processes are at work on all that are left.
+    Returns when all are done, or other processes are at work on all that are left. A job that fails is left out, with
+    those that need it, and the others go on.
+
+    Raises:
+      UserError: in the end, where jobs failed.
     """
     do = do or do_one
     commit()  # as it is now: the files may change while this runs
-    while left := [job for job in jobs if not done(job)]:
+    failed: dict[str, str] = {}
+    while left := [job for job in jobs if not done(job) and not _hopeless(job, failed)]:
         paths = {job.path for job in left}
         ready = [job for job in left if not paths & set(job.needs)]
-        if not _do_next(setting, ready, command, do):
+        if not _do_next(setting, ready, command, do, failed):
             if len(ready) == len(left):
-                return
+                break
             wait(WAIT)
+    if failed:
+        raise UserError(f"{len(failed)} job(s) failed, the first: {next(iter(failed.values()))}")
 
 
-def _do_next(setting: Setting, ready: Sequence[Job], command: str, do: Callable[[Setting, Job, str], None]) -> bool:
+def _hopeless(job: Job, failed: dict[str, str]) -> bool:
+    """Whether a job has failed, or needs one that has; then it joins them."""
+    lacking = [path for path in job.needs if path in failed]
+    if lacking and job.path not in failed:
+        failed[job.path] = f"{job.path}: needs {lacking[0]}"
+    return job.path in failed
+
+
+def _do_next(
+    setting: Setting,
+    ready: Sequence[Job],
+    command: str,
+    do: Callable[[Setting, Job, str], None],
+    failed: dict[str, str],
+) -> bool:
     """Does the first job that no other process has claimed; whether there was one."""
     for job in ready:
         with claim(job.path) as mine:
             if mine and not done(job):
-                do(setting, job, command)
+                try:
+                    do(setting, job, command)
+                except UserError as error:
+                    failed[job.path] = f"{job.path}: {error}"
+                    print(f"failed: {failed[job.path]}", flush=True)
                 return True
     return False
 
