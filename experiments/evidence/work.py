@@ -16,6 +16,7 @@ import corpus
 import documents
 import jax
 import planning
+import teachers
 from planning import ENTROPY, LIST, SCORE, TRAIN, Job, Setting
 
 from slm_assist import config, metrics, scoring
@@ -130,6 +131,7 @@ def do_one(setting: Setting, job: Job, command: str) -> None:
 
 def _train(setting: Setting, job: Job, command: str) -> None:
     path, began = Path(job.path), time.time()
+    teachers.reads = {"folder": str(Path(setting.out) / "corpus"), "tokens": job.full * setting.sizes.tokens}
     overrides = {key: _value(value) for key, value in job.overrides.items()}
     resolved, _ = config.resolve(str(planning.FILES / f"{job.file}.py"), overrides)
     train(resolved, job.path, say=lambda line: None)
