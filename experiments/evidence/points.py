@@ -15,8 +15,9 @@ from matrix import BUCKETS, Row
 from planning import TRAIN, Job, Setting
 
 from slm_assist.errors import UserError
-from slm_assist.report.compare import check_comparable
 from slm_assist.report.runs import Run, read_run
+
+ALIKE = ("vocabulary", "objective", "parameters", "train_rows", "batch_rows", "seq_len")  # facts of all students
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ def read(setting: Setting, jobs: Sequence[Job], part: str) -> Found:
         raise UserError(f"{setting.out}: no run of the plan has ended; train first")
     runs = {job.path: read_run(job.path) for job in there}
     runs |= {job.trunk: read_run(job.trunk) for job in there if job.trunk and job.trunk not in runs}
-    check_comparable(list(runs.values()))
+    _check_alike(list(runs.values()))
     nats = np.stack([measures.row_nats(Path(job.path), part) for job in there])
     found = held.measure(nats, held.draws())
     points: dict[tuple[int, str, int], list[Point]] = {}
@@ -96,6 +97,17 @@ def read(setting: Setting, jobs: Sequence[Job], part: str) -> Found:
         values = {name: value[:, i] for name, value in found.items()}
         points.setdefault((job.ratio, job.key, job.seed), []).append(_point(job, runs, values))
     return _whole(part, chosen, points, held, runs)
+
+
+def _check_alike(runs: Sequence[Run]) -> None:
+    """Raises `UserError` unless all students have one size, vocabulary and corpus, and read as much in an update."""
+    for run in runs[1:]:
+        for fact in ALIKE:
+            if run.facts.get(fact) != runs[0].facts.get(fact):
+                raise UserError(
+                    f"{run.path}: its {fact} ({run.facts.get(fact)}) differs from that of {runs[0].path} "
+                    f"({runs[0].facts.get(fact)}), so the two cannot be compared; train both with the same options"
+                )
 
 
 def _whole(part: str, chosen: Sequence[Job], points: dict, held: measures.Held, runs: dict[str, Run]) -> Found:
