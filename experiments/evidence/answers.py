@@ -200,6 +200,17 @@ def _adaptive(results: Results) -> str:
     return text if resolved else text + f" None is better than SALT by a margin that is resolved (`{OPEN}`)."
 
 
+def _tuned(results: Results) -> str:
+    texts = []
+    for found in results["tuned"]:
+        if "apart" in found:
+            apart = found["apart"] | {"interval": found["apart"]["interval_95"], "verdict": found["verdict"]}
+            texts.append(f"{found['title']} {said(apart)}")
+    if not texts:
+        return ""
+    return "Nats a token of GSM8K's solutions minus those of fine-tuned BASELINE: " + "; ".join(texts) + "."
+
+
 QUESTIONS: tuple[tuple[str, Callable[[Results], str]], ...] = (
     ("Does it pay? (the primary endpoint)", _primary),
     ("How much earlier?", _earlier),
@@ -210,5 +221,6 @@ QUESTIONS: tuple[tuple[str, Callable[[Results], str]], ...] = (
     ("Does it matter what the small LM has read?", _data),
     ("Does selection pay once its scoring is counted?", _selection),
     ("Do labels add to growth?", _growth),
+    ("How good is it after fine-tuning?", _tuned),
     ("Is there a better rule for w, or a better combination?", _adaptive),
 )

@@ -12,6 +12,7 @@ import measures
 import planning
 import points
 import timing
+import tuned
 from compare import SHARES, Seeds
 from matrix import BASELINE, GRID, Row
 from measures import PRIMARY
@@ -37,6 +38,7 @@ def collect(setting: Setting, jobs: Sequence[Job], command: str) -> dict[str, An
             "missing": [{"ratio": ratio, "row": key, "title": found.rows[ratio, key].title, "seeds": seeds,
                          "planned": found.rows[ratio, key].seeds} for (ratio, key), seeds in found.missing.items()],
         }  # fmt: skip
+    results["tuned"] = tuned.collect(jobs)
     validation = parts[corpus.VALIDATION]
     results["grid"] = [
         {"title": row.title, "key": row.key, "method": row.file,

@@ -18,6 +18,7 @@ STAGE_1 = 0.173  # of the steps, for soft labels, selection and representations 
 AUTO_CAP = 0.4
 BASELINE = "baseline"
 EPOCH_DECAYS = (0.03, 0.1, 0.3, 1.0)  # more epochs want more of it
+TUNING_STEPS = 200
 FEW = 0.25  # of the rows that a run reads, where it reads them over and over
 MAIN_SEEDS, TUNING_SEEDS, FRESH_SEEDS = 0, 200, 100  # where each set of seeds begins
 STEP_KEYS = {"assist.schedule": "assist.steps", "represent.schedule": "represent.steps"}
@@ -64,16 +65,17 @@ HELPER_KEYS = {
 }
 """Small LMs beside their shape, without one of their own that of `small`; `steps` as a part of the student's (or 1)."""
 
-GRID, MAIN, GIFTS, CONTROLS, DATA, ADAPTIVE, SWEEPS, CONFIRM, EPOCHS, BUCKETS = (
-    "grid", "main", "gifts", "controls", "helper's data", "adaptive", "sweeps", "confirmation", "epochs", "buckets",
+GRID, MAIN, GIFTS, CONTROLS, DATA, ADAPTIVE, SWEEPS, CONFIRM, EPOCHS, TUNED, BUCKETS = (
+    "grid", "main", "gifts", "controls", "helper's data", "adaptive", "sweeps", "confirmation", "epochs", "tuned",
+    "buckets",
 )  # fmt: skip
 
 LABELS = {"assist.teacher": "{small}"}
 OFFLINE = {**LABELS, "select.list": "{list:top}"}
 
 
-def rows(tier: Tier) -> list[Row]:
-    """The matrix of a tier, ranked."""
+def rows(tier: Tier, tuning: bool = False) -> list[Row]:
+    """The matrix of a tier, ranked; with fine-tuning where there is data for it."""
     main, low = tier.ratios[0], tier.ratios[-1]
     return [
         *_grid(tier),
@@ -89,6 +91,7 @@ def rows(tier: Tier) -> list[Row]:
         *_confirmation(),
         *_gifts(3, low),
         *_epochs(),
+        *(_tuned() if tuning else []),
     ]
 
 
@@ -167,6 +170,20 @@ def _confirmation() -> list[Row]:
     chosen = [*_main(5, 0), *(row for row in _gifts(5, 0) if row.key in ("grow", "salt_ds"))]
     fresh = {"group": CONFIRM, "first_seed": FRESH_SEEDS, "test": True}
     return [dataclasses.replace(row, **fresh) for row in chosen]
+
+
+def _tuned() -> list[Row]:
+    """GSM8K after pre-training: the loss of its solutions, all fine-tuned in one way."""
+    keys = {
+        "data.source": "{tuning:train}", "data.validation": "{tuning:test}", "data.vocabulary": "{small}",
+        "data.domain_field": "", "data.seq_len": 512, "microbatches": 1, "validation.rows": 0,
+        "optimizer.peak_learning_rate": 2e-3, "optimizer.weight_decay": 0.0, "steps": TUNING_STEPS,
+    }  # fmt: skip
+    return [
+        Row(f"tuned-{key}", f"{title}, fine-tuned", TUNED, "sft/gsm8k", keys | {"init.model": f"{{run:{key}}}"}, 3,
+            pair="tuned-baseline")
+        for key, title in ((BASELINE, "BASELINE"), ("salt", "SALT"), ("rkd", "RKD"), ("grow", "growth"))
+    ]  # fmt: skip
 
 
 def _epochs() -> list[Row]:

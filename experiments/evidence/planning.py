@@ -89,6 +89,7 @@ class Setting:
     out: str
     tier: Tier
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tuning: str = ""  # directory with train.jsonl and test.jsonl to fine-tune on
 
     def data(self, part: str) -> str:
         return f"jsonl:{corpus.part_file(Path(self.out) / 'corpus', part)}"
@@ -119,7 +120,7 @@ def read_file(name: str) -> Mapping[str, Any]:
 def plan(setting: Setting, rows: Sequence[Row] | None = None) -> list[Job]:
     """All jobs of the matrix, ranked, each behind those it needs, each once."""
     found: dict[str, Job] = {}
-    for row in matrix.rows(setting.tier) if rows is None else rows:
+    for row in matrix.rows(setting.tier, bool(setting.tuning)) if rows is None else rows:
         for seed in range(row.first_seed, row.first_seed + row.seeds):
             for job in of_row(setting, dataclasses.replace(row, ratio=row.ratio or setting.tier.ratios[0]), seed):
                 found.setdefault(job.path, job)
@@ -135,10 +136,10 @@ def of_row(setting: Setting, row: Row, seed: int) -> list[Job]:
                   if values.get(key, "none") not in ("none", "constant")}  # fmt: skip
     if values.get("select.rows", "all") != "all" and values.get("select.fraction") != 1.0:
         overrides["select.steps"] = stage_1(row, full)
-    needed: dict[str, Job] = {}
+    needed: dict[str, Job | None] = {}
     for key, value in overrides.items():
         overrides[key] = _put_in(setting, row.ratio, seed, value, needed)
-    ends = ends_of(setting, row, full)
+    ends = ends_of(setting, row, full) if "steps" not in row.overrides else [row.overrides["steps"]]
     directory = setting.directory(row.ratio, seed)
     trunk = Job(
         TRAIN, str(directory / f"{row.key}-{ends[-1]}"), row.key, seed, row.ratio, row.file, overrides,
@@ -146,7 +147,7 @@ def of_row(setting: Setting, row: Row, seed: int) -> list[Job]:
     )  # fmt: skip
     keep = tuple(sorted({leaves(steps) for steps in ends[:-1]}))
     trunk = _named(dataclasses.replace(trunk, overrides=overrides | {"steps": ends[-1], "checkpoint.keep": keep}))
-    jobs = [*needed.values(), trunk, *(_branch(trunk, steps) for steps in ends[:-1])]
+    jobs = [*filter(None, needed.values()), trunk, *(_branch(trunk, steps) for steps in ends[:-1])]
     return [dataclasses.replace(job, cost=_cost(setting, job)) for job in jobs]
 
 
@@ -196,14 +197,20 @@ def _own(setting: Setting, ratio: int, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _put_in(setting: Setting, ratio: int, seed: int, value: Any, needed: dict[str, Job]) -> Any:
-    """A value with its placeholder filled in; what makes it joins `needed`."""
+def _put_in(setting: Setting, ratio: int, seed: int, value: Any, needed: dict[str, Job | None]) -> Any:
+    """A value with its placeholder filled in; what makes it joins `needed`, None for a run of another row."""
     match = PLACEHOLDER.match(value) if isinstance(value, str) else None
     if not match:
         return value
     kind, name = match.groups()
     if name == corpus.OTHER:
         return setting.data(corpus.OTHER)
+    if kind == "tuning":
+        return f"jsonl:{Path(setting.tuning) / name}.jsonl"
+    if kind == "run":
+        path = str(setting.directory(ratio, seed) / f"{name}-{steps_of(setting, ratio)}")
+        needed[path] = None
+        return path
     make = {None: _helper, "list": _list, "entropy": _entropy}[kind]
     jobs = make(setting, ratio, seed, name)
     needed.update({job.path: job for job in jobs})

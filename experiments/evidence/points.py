@@ -11,7 +11,7 @@ import corpus
 import measures
 import numpy as np
 import work
-from matrix import BUCKETS, Row
+from matrix import BUCKETS, TUNED, Row
 from planning import TRAIN, Job, Setting
 
 from slm_assist.errors import UserError
@@ -77,7 +77,7 @@ def read(setting: Setting, jobs: Sequence[Job], part: str) -> Found:
     Raises:
       UserError: runs that cannot be compared, or that are not what the plan says; no run is there.
     """
-    chosen = [job for job in jobs if job.kind == TRAIN and job.row and job.row.test == (part == corpus.TEST)]
+    chosen = [job for job in jobs if _is_measured(job, part)]
     cutter = next(job for job in jobs if job.row and job.row.group == BUCKETS)
     if not work.done(cutter):
         raise UserError(
@@ -97,6 +97,10 @@ def read(setting: Setting, jobs: Sequence[Job], part: str) -> Found:
         values = {name: value[:, i] for name, value in found.items()}
         points.setdefault((job.ratio, job.key, job.seed), []).append(_point(job, runs, values))
     return _whole(part, chosen, points, held, runs)
+
+
+def _is_measured(job: Job, part: str) -> bool:
+    return bool(job.kind == TRAIN and job.row and job.row.group != TUNED and job.row.test == (part == corpus.TEST))
 
 
 def _check_alike(runs: Sequence[Run]) -> None:

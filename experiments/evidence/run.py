@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, rest: list[str], command: str) -> int:
     one_of("--tier", options.tier, TIERS)
     given = cli.parse_overrides(rest)
-    setting = Setting(options.out, TIERS[options.tier], given)
+    setting = Setting(options.out, TIERS[options.tier], given, options.tuning)
     planning.check(setting)
     jobs = planning.plan(setting)
     if options.only:
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", required=True, help="files of the corpus: JSON lines in the Pile's form")
     parser.add_argument("--out", default="runs/evidence", help="directory of the runs and the page")
+    parser.add_argument("--tuning", default="", help="directory of GSM8K (train.jsonl, test.jsonl), to fine-tune on")
     parser.add_argument("--tier", default="cpu", help=" | ".join(TIERS))
     parser.add_argument("--hours", type=float, default=0.0, help="time to plan for; 0: all of the matrix")
     parser.add_argument("--processes", type=int, default=1, help="how many shells share the work, for the plan")

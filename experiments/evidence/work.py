@@ -17,6 +17,7 @@ import documents
 import jax
 import planning
 import teachers
+from matrix import TUNED
 from planning import ENTROPY, LIST, SCORE, TRAIN, Job, Setting
 
 from slm_assist import config, metrics, scoring
@@ -102,7 +103,8 @@ def done(job: Job) -> bool:
     path = Path(job.path)
     if job.kind == TRAIN:
         part = corpus.TEST if job.row and job.row.test else corpus.VALIDATION
-        return (path / NOTE).is_file() and (not job.row or documents.file(path, part).is_file())
+        measured = job.row and job.row.group != TUNED
+        return (path / NOTE).is_file() and (not measured or documents.file(path, part).is_file())
     return (path / "complete").is_file() if job.kind == SCORE else path.is_file()
 
 
@@ -135,7 +137,7 @@ def _train(setting: Setting, job: Job, command: str) -> None:
     overrides = {key: _value(value) for key, value in job.overrides.items()}
     resolved, _ = config.resolve(str(planning.FILES / f"{job.file}.py"), overrides)
     train(resolved, job.path, say=lambda line: None)
-    if job.row:
+    if job.row and job.row.group != TUNED:
         part = corpus.TEST if job.row.test else corpus.VALIDATION
         documents.measure(path, setting, part)
     if not (path / NOTE).is_file():

@@ -48,6 +48,11 @@ NAMED: dict[str, dict[str, Any]] = {
         "num_layers": 4, "d_model": 128, "d_ff": 384, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32,
         "scan_layers": False,
     },
+    # For one GPU, a minute a run: 5M to 25M parameters with 16384 tokens.
+    "gpu-5m": {"num_layers": 4, "d_model": 192, "d_ff": 528, "num_heads": 3, "num_kv_heads": 3, "head_dim": 64},
+    "gpu-9m": {"num_layers": 6, "d_model": 256, "d_ff": 704, "num_heads": 4, "num_kv_heads": 4, "head_dim": 64},
+    "gpu-15m": {"num_layers": 8, "d_model": 320, "d_ff": 880, "num_heads": 5, "num_kv_heads": 5, "head_dim": 64},
+    "gpu-25m": {"num_layers": 10, "d_model": 384, "d_ff": 1056, "num_heads": 6, "num_kv_heads": 6, "head_dim": 64},
     # For one GPU, an hour a run: 34M and 101M parameters with 32768 tokens.
     "gpu-35m": {
         "num_layers": 6, "d_model": 512, "d_ff": 1408, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64,
