@@ -131,7 +131,8 @@ def of_row(setting: Setting, row: Row, seed: int) -> list[Job]:
     """The jobs of one row and seed: what it needs, its trunk, its branches."""
     full = steps_of(setting, row.ratio)
     values = read_file(row.file) | dict(row.overrides)
-    overrides = _own(setting, row.ratio, seed) | dict(setting.tier.student) | dict(row.overrides)
+    shape = {} if "init.model" in row.overrides else dict(setting.tier.student)  # that of what it begins with
+    overrides = _own(setting, row.ratio, seed) | shape | dict(row.overrides)
     overrides |= {step_key: stage_1(row, full) for key, step_key in matrix.STEP_KEYS.items()
                   if values.get(key, "none") not in ("none", "constant")}  # fmt: skip
     if values.get("select.rows", "all") != "all" and values.get("select.fraction") != 1.0:
@@ -237,7 +238,7 @@ def _list(setting: Setting, ratio: int, seed: int, name: str) -> list[Job]:
     helpers = _helper(setting, ratio, seed, "small")
     if name == "few":
         resolved = {**_own(setting, ratio, seed), **setting.tier.student}
-        rows = round(matrix.FEW * steps_of(setting, ratio) * resolved["batch_rows"])
+        rows = round(matrix.FEW * steps_of(setting, ratio) * int(resolved["batch_rows"]))  # a given one is text
         job = Job(LIST, str(path), name, seed, ratio, BASELINE, resolved, (helpers[-1].path,), steps=rows)
         return [*helpers, job]
     scores = _scores(setting, ratio, seed, helpers[-1].path)
@@ -338,6 +339,7 @@ def seconds_of(setting: Setting, job: Job) -> float:
 def check(setting: Setting) -> None:
     """Raises `UserError` where a key is given that the plan sets itself."""
     own = _own(dataclasses.replace(setting, given={}), setting.tier.ratios[0], 0) | dict(setting.tier.student)
+    own |= dict.fromkeys(("name", "steps", "checkpoint.keep"))
     may = {"data.cache_dir", "compute.cache_dir", "data.cores", *setting.tier.shared}
     for key in setting.given:
         if key in own.keys() - may or key.startswith(("branch.", "assist.", "select.", "grow.", "represent.")):
