@@ -132,7 +132,7 @@ def _gifts(seeds: int, ratio: int) -> list[Row]:
     return [
         Row("grow", "growth", GIFTS, "grow", grown, seeds, ratio=ratio),
         Row("let", "LET", GIFTS, "let", {"represent.helper": "{small}"}, seeds, ratio=ratio),
-        Row("grow_salt", "growth, then SALT", GIFTS, "grow_salt", LABELS | grown, seeds, ratio=ratio),
+        Row("grow_salt", "growth, then SALT", GIFTS, "grow_salt", LABELS | grown, seeds, ratio=ratio, pair="grow"),
         Row("salt_ds", "SALT_DS, online", GIFTS, "salt_ds", LABELS, seeds, ratio=ratio),
         Row("salt_ds_offline", "SALT_DS, offline", GIFTS, "salt_ds_offline", OFFLINE, seeds, ratio=ratio),
     ]
@@ -208,7 +208,7 @@ def _helpers_data() -> list[Row]:
 
 def _adaptive() -> list[Row]:
     def row(key: str, title: str, overrides: Mapping[str, Any], stage_1: float, file: str = "salt") -> Row:
-        return Row(key, title, ADAPTIVE, file, LABELS | overrides, 3, ends=FEW_ENDS, stage_1=stage_1)
+        return Row(key, title, ADAPTIVE, file, LABELS | overrides, 3, ends=FEW_ENDS, stage_1=stage_1, pair="salt")
 
     def rule(name: str, w: float = 0.667) -> dict[str, Any]:
         return {"assist.token_weight": f"candidates:{name}", "assist.weight": w}
@@ -216,9 +216,9 @@ def _adaptive() -> list[Row]:
     return [
         row("salt-40", "SALT, n_KD 40 %", {}, AUTO_CAP),
         row("win", "w where the teacher is the better, 40 %", rule("win"), AUTO_CAP),
-        row("win-all", "w where the teacher is the better, whole run", rule("win"), 1.0),
+        row("win-all", "w where the teacher is the better, whole run", rule("win"), 1.0, "rkd"),
         row("responsibility", "w by responsibility, 40 %", rule("responsibility", 0.5), AUTO_CAP),
-        row("responsibility-all", "w by responsibility, whole run", rule("responsibility", 0.5), 1.0),
+        row("responsibility-all", "w by responsibility, whole run", rule("responsibility", 0.5), 1.0, "rkd"),
         row("entropy_gap", "w by the gap of entropies, 40 %", rule("entropy_gap", 0.9), AUTO_CAP),
         row("hyperbolic", "w = n0 / (n0 + n), 60 %", {"assist.schedule": "candidates:hyperbolic"}, 0.6),
         row("let_salt", "LET with SALT", {"represent.helper": "{small}"}, STAGE_1, "let_salt"),
