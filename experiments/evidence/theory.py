@@ -106,7 +106,8 @@ def markdown(results: dict[str, Any]) -> str:
         "## Theory",
         "Sources whose law is known exactly, so risks, variances, increments and every term of a bound are computed, "
         "not estimated; only rows are drawn. Intervals are of 95 %. `agrees` follows from the numbers: the interval "
-        "contains the prediction (=), lies on its side of it (≤, ≥), or the measurement is within a stated share (≈).",
+        "contains the prediction (=), lies on its side of it (≤, ≥), or the measurement is within a stated share (≈). "
+        "Of what is right, one in twenty of the first kind disagrees by chance.",
         f"{sum(check['agrees'] for check in lines)} of {len(lines)} comparisons agree. `{results['command']}`, "
         f"{results['seconds']:g} s on {results['cores']} core(s); {versions}; seed {results['seed']}.",
     ]

@@ -34,14 +34,14 @@ def best_weight(*, repetitions: int = 6000, seed: int = 0) -> Figure:
         data[bucket] = tabular.best_weights(source.law_CxV, teacher, of, sizes, repetitions, seed + i)
     points = [point for lines in data.values() for point in lines]
     large = [p for p in points if p["n_min_d"] >= 10]
-    small = [p for p in points if p["n_min_d"] < 1]
+    small = [p for p in points if p["n_min_d"] < 10]
     lines = (
         _share_inside("chi-square risk, w*", points, "chi_square", "predicted"),
         _share_inside("KL risk, w*, n min d >= 10", large, "kl", "predicted"),
         _apart("KL risk, w*, n min d >= 10", large, "predicted"),
-        _apart("KL risk, w*, n min d < 1", small, "predicted"),
+        _apart("KL risk, w*, n min d < 10", small, "predicted"),
         _share_inside("KL risk, corrected, n min d >= 10", large, "kl", "refined"),
-        _apart("KL risk, corrected, n min d < 1", small, "refined"),
+        _apart("KL risk, corrected, every n", points, "refined"),
         checks.at_most("KL at w* above the least KL, largest share, every n", 0.05,
                        max(p["kl_at_predicted"] / p["kl_at_best"] - 1 for p in points),
                        note="so w* is good advice where its value is not right"),

@@ -52,8 +52,8 @@ def _bias(data: dict):
     figure, (plot,) = _new([f"bias of 64 models, M = {data['largest_loss']:.2f}, TV = {data['total_variation']:.3f}"],
                            "models, by their bias", "|R - R^w|, nats a token", log="y", width=7.4)  # fmt: skip
     for (w, gaps), colour in zip(data["gaps"].items(), (BLUE, GREEN, ORANGE), strict=False):
-        plot.plot(sorted(gaps), "o", ms=3, color=colour, label=f"w = {w}: exact")
-        plot.axhline(data["limits"][w], color=colour, lw=1.4, label="2 M w TV, predicted most")
+        plot.plot(sorted(gaps), "o", ms=3, color=colour, label=f"measured (exact), w = {w}")
+        plot.axhline(data["limits"][w], color=colour, lw=1.4, label="predicted at most: 2 M w TV")
     _legend(figure, plot, 3)
     return figure
 

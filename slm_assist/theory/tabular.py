@@ -33,7 +33,7 @@ MEASURES = ("kl", "chi_square")
 def predicted_risk(n: float, vocab: int, chi_square: float, weight: float) -> float:
     """(*): nats a token above the data's entropy."""
     risk.check_weight(weight)
-    return (1 - weight) ** 2 * (vocab - 1) / (2 * n) + weight**2 / 2 * chi_square
+    return float((1 - weight) ** 2 * (vocab - 1) / (2 * n) + weight**2 / 2 * chi_square)
 
 
 def best_weight(n: float, vocab: int, chi_square: float) -> float:
@@ -44,7 +44,7 @@ def best_weight(n: float, vocab: int, chi_square: float) -> float:
     """
     if n <= 0 or chi_square < 0:
         raise UserError(f"n={n}, chi_square={chi_square}: a context has tokens, and chi2 is not negative")
-    return (vocab - 1) / n / ((vocab - 1) / n + chi_square)
+    return float((vocab - 1) / n / ((vocab - 1) / n + chi_square))
 
 
 def crossover(vocab: int, chi_square: float, weight: float) -> float:
@@ -56,7 +56,7 @@ def crossover(vocab: int, chi_square: float, weight: float) -> float:
     risk.check_weight(weight)
     if weight == 0:
         raise UserError("weight=0 is BASELINE itself: it crosses nothing")
-    return (vocab - 1) * (2 - weight) / (weight * chi_square) if chi_square else math.inf
+    return float((vocab - 1) * (2 - weight) / (weight * chi_square)) if chi_square else math.inf
 
 
 def floor(d_CxV: np.ndarray, q_CxV: np.ndarray, weight: float) -> np.ndarray:
