@@ -60,6 +60,8 @@ SLOW = [
     "test_steps.py::test_eight_devices_equal_one[assisted-shape2]",
     "test_steps.py::test_eight_devices_equal_one[plain-shape4]",
     "test_stream.py::test_stopped_anywhere_it_goes_on_exactly[st_mixture-True-False]",
+    "test_theory_figures.py::test_every_figure_has_numbers_and_a_picture",
+    "test_theory_figures.py::test_the_notebook_runs",
     "test_train.py::test_goes_on_with_another_mesh",
     "test_train.py::test_identical_seeds_identical_runs_and_other_seeds_differ",
     "test_train.py::test_killed_and_resumed_equals_straight[6]",

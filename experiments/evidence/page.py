@@ -1,9 +1,12 @@
 """`results.json` as a Markdown page: every number on it comes from there, every judgement from `compare.verdict`."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import answers
+import theory
 from compare import SHARES
 from matrix import ADAPTIVE, CONFIRM, CONTROLS, DATA, EPOCHS, GIFTS, MAIN, SWEEPS
 from measures import EQUAL, PRIMARY, UNSEEN
@@ -24,21 +27,22 @@ TITLES = {
 Results = dict[str, Any]
 
 
-def markdown(results: Results) -> str:
-    """The page."""
+def read_theory(out: Path) -> Results | None:
+    """What theory.py wrote into the page's directory, None where it has not."""
+    path = out / "theory.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def markdown(results: Results, of_theory: Results | None = None) -> str:
+    """The page; with the section that theory.py makes of its own figures."""
     ratios = results["setting"]["ratios"]
     parts = ["# Does a small LM's help pay?", answers.markdown(results), _how(results)]
     if "test" in results:
         parts.append(_group(results, "test", ratios[0], CONFIRM))
     parts += [_group(results, "validation", ratio, group) for group in TITLES if group != CONFIRM for ratio in ratios]
-    parts += [
-        _tuned(results),
-        _over_time(results),
-        _grid(results),
-        _stands_on(results),
-        _runs(results),
-        _missing(results),
-    ]
+    parts += [_tuned(results), _over_time(results), _grid(results)]
+    parts += [theory.markdown(of_theory).strip() if of_theory else ""]
+    parts += [_stands_on(results), _runs(results), _missing(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace, rest: list[str], command: str) -> int:
     if options.only:
         jobs = planning.only(jobs, options.only)
     if options.collect:
-        return _collect(setting, jobs, command)
+        return _collect(setting, jobs, command, Path(options.page or options.out))
     kept, dropped = planning.within(setting, [job for job in jobs if not work.done(job)], options.hours,
                                     options.processes)  # fmt: skip
     if options.dry_run:
@@ -69,16 +69,16 @@ def _run(options: argparse.Namespace, rest: list[str], command: str) -> int:
     return 0
 
 
-def _collect(setting: Setting, jobs: Sequence[Job], command: str) -> int:
-    """Writes the page, its figures and its pictures into the directory of all runs."""
+def _collect(setting: Setting, jobs: Sequence[Job], command: str, out: Path) -> int:
+    """Writes the page, its figures and its pictures; what theory.py measured there becomes a part of it."""
     results = collect.collect(setting, jobs, command)
     drawn = pictures.all_pictures(results)
     results["pictures"] = sorted(drawn)
-    out = Path(setting.out)
+    out.mkdir(parents=True, exist_ok=True)
     metrics.write_json(out / "results.json", results)
     for name, picture in drawn.items():
         (out / name).write_bytes(picture)
-    (out / "README.md").write_text(page.markdown(results), encoding="utf-8")
+    (out / "README.md").write_text(page.markdown(results, page.read_theory(out)), encoding="utf-8")
     print(out / "README.md")
     return 0
 
@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--unseen", default=corpus.Split().unseen, help="the domain that is never trained on")
     parser.add_argument("--only", default="", help="row=KEY, group=NAME, seed=N or ratio=N: these, and what they need")
     parser.add_argument("--collect", action="store_true", help="write the page from the runs that are there, and stop")
+    parser.add_argument("--page", default="", help="with --collect: where the page goes; else into --out")
     parser.add_argument("--time", action="store_true", help="time updates, for seconds: when the machine is quiet")
     parser.add_argument("--dry_run", action="store_true", help="say what would be trained, and stop")
     parser.epilog = "Any other key of slm_assist/config.py is set for all runs with --key=value."
