@@ -16,6 +16,7 @@ import numpy as np
 
 from slm_assist.errors import UserError
 from slm_assist.evals.perplexity import BUCKETS, thirds
+from slm_assist.report import stats
 
 PRIMARY = "bits_per_byte"
 EQUAL, UNSEEN = "domain_mean", "unseen"
@@ -129,7 +130,8 @@ def row_nats(run: Path, part: str) -> np.ndarray:
 def interval(values: np.ndarray) -> list[float] | None:
     """The 95 % percentile interval of a mean over seeds, documents and seeds being drawn with replacement.
 
-    What the draw of seeds adds is widened by sqrt(n / (n - 1)), so that its variance is unbiased.
+    What the draw of n seeds adds is widened by sqrt(n / (n - 1)), so that its variance is unbiased, and by Student's t
+    over the normal quantile: without it the interval of 3 seeds has the truth in 78 % of the cases.
 
     Args:
       values: [1 + replicates, seeds], of which [b] goes with the b-th draw of documents.
@@ -144,5 +146,5 @@ def interval(values: np.ndarray) -> list[float] | None:
     drawn = rng.integers(count, size=(len(values) - 1, count))
     means = values[1:].mean(axis=1)
     parted = np.take_along_axis(values[1:], drawn, axis=1).mean(axis=1) - means
-    spread = means + np.sqrt(count / (count - 1)) * parted
+    spread = means + np.sqrt(count / (count - 1)) * stats.t_975(count - 1) / 1.95996 * parted
     return [float(x) for x in np.quantile(spread, (0.025, 0.975))]
