@@ -173,8 +173,10 @@ def test_a_domain_that_is_not_there(evidence, source, split, tmp_path):
         evidence.corpus.make(f"{source}/*", tmp_path / "c", dataclasses.replace(split, unseen="Tales"), str)
 
 
-@pytest.mark.parametrize("line", ['{"text": "a"', '{"text": "a", "meta": {}}', '{"text": 3, "meta": {"pile_set_name": "a"}}',
-                                  '["text"]', '{"text": "\\ud800", "meta": {"pile_set_name": "a"}}'])  # fmt: skip
+@pytest.mark.parametrize("line", [
+    '{"text": "a"', '{"text": "a", "meta": {}}', '{"text": 3, "meta": {"pile_set_name": "a"}}', '["text"]',
+    '{"text": "\\ud800", "meta": {"pile_set_name": "a"}}',
+])  # fmt: skip
 def test_a_broken_record_is_named_and_leaves_no_part(evidence, split, tmp_path, line):
     good = [json.dumps(record) for record in records(documents=4)]
     (tmp_path / "c.jsonl").write_text("\n".join([*good[:6], "", line, *good[6:]]))
