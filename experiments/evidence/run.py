@@ -52,10 +52,10 @@ def _run(options: argparse.Namespace, rest: list[str], command: str) -> int:
     setting = Setting(options.out, TIERS[options.tier], given, options.tuning)
     planning.check(setting)
     jobs = planning.plan(setting)
+    if options.collect:  # all that is there, whatever --only says: rows are compared with others
+        return _collect(setting, jobs, command, Path(options.page or options.out))
     if options.only:
         jobs = planning.only(jobs, options.only)
-    if options.collect:
-        return _collect(setting, jobs, command, Path(options.page or options.out))
     kept, dropped = planning.within(setting, [job for job in jobs if not work.done(job)], options.hours,
                                     options.processes)  # fmt: skip
     if options.dry_run:

@@ -17,7 +17,7 @@ import documents
 import jax
 import planning
 import teachers
-from matrix import TUNED
+from matrix import BUCKETS, TUNED
 from planning import ENTROPY, LIST, SCORE, TRAIN, Job, Setting
 
 from slm_assist import config, metrics, scoring
@@ -98,13 +98,20 @@ def _do_next(
     return False
 
 
+def parts_of(job: Job) -> tuple[str, ...]:
+    """The held-out parts that a run is measured on; the one that cuts the buckets, on both."""
+    if not job.row or job.row.group == TUNED:
+        return ()
+    if job.row.group == BUCKETS:
+        return (corpus.VALIDATION, corpus.TEST)
+    return (corpus.TEST,) if job.row.test else (corpus.VALIDATION,)
+
+
 def done(job: Job) -> bool:
     """Whether what a job makes is there, and for a run, measured."""
     path = Path(job.path)
     if job.kind == TRAIN:
-        part = corpus.TEST if job.row and job.row.test else corpus.VALIDATION
-        measured = job.row and job.row.group != TUNED
-        return (path / NOTE).is_file() and (not measured or documents.file(path, part).is_file())
+        return (path / NOTE).is_file() and all(documents.file(path, part).is_file() for part in parts_of(job))
     return (path / "complete").is_file() if job.kind == SCORE else path.is_file()
 
 
@@ -137,8 +144,7 @@ def _train(setting: Setting, job: Job, command: str) -> None:
     overrides = {key: _value(value) for key, value in job.overrides.items()}
     resolved, _ = config.resolve(str(planning.FILES / f"{job.file}.py"), overrides)
     train(resolved, job.path, say=lambda line: None)
-    if job.row and job.row.group != TUNED:
-        part = corpus.TEST if job.row.test else corpus.VALIDATION
+    for part in parts_of(job):
         documents.measure(path, setting, part)
     if not (path / NOTE).is_file():
         made = {"command": command, "commit": commit(), "ended": time.time(), "seconds": time.time() - began}
