@@ -105,9 +105,9 @@ def write_run(scripts: types.SimpleNamespace, job: Any, gain: Gain = lambda job:
     Returns:
       The FLOPs of its updates from 0 on.
     """
-    helped = {"grow": 0, "unigram": 0}.get(job.key, 1) if job.row and job.key not in ("baseline", "cutter") else 0
+    helped = job.row is not None and job.row.file != "baseline" and job.key not in ("grow", "unigram")
     stage_1 = scripts.planning.stage_1(job.row, job.full) if job.row else 0
-    cost = [UPDATE + (PASS if helped and n < stage_1 and job.row.group != "grid" else 0) for n in range(job.steps)]
+    cost = [UPDATE + (PASS if helped and n < stage_1 else 0) for n in range(job.steps)]
     own = cost[job.first :] if restart else cost
     totals, path = np.cumsum(own), Path(job.path)
     path.mkdir(parents=True, exist_ok=True)
@@ -118,15 +118,11 @@ def write_run(scripts: types.SimpleNamespace, job: Any, gain: Gain = lambda job:
              "train_rows": "t", "train_tokens": 640_000, "train_rows_count": TRAIN_ROWS, "seq_len": 128,
              "batch_rows": BATCH, "vocabulary_size": 512, "hardware": "an abacus", "devices": 1, "dtype": "float32",
              "versions": {"jax": "1"}, "helpers": {}}  # fmt: skip
-    if job.row and not job.trunk:
+    if job.row and not job.trunk:  # a branch's stages may need none
         found["helpers"] = helpers(job)
-        if job.key == "salt_ds_offline":
-            made = {"helpers": {"scorer": {"run": f"small {job.seed}", "train_flops": HELPER * 0.12, "parameters": 9}},
-                    "scores_fingerprint": "s", "scoring_flops": SCORING}  # fmt: skip
-            found["data"] = {"lists": {"list": {"made": made}}}
-    elif job.row and job.key == "salt_ds_offline":
-        made = {"helpers": {}, "scores_fingerprint": "s", "scoring_flops": SCORING}
-        made["helpers"]["scorer"] = {"run": f"small {job.seed}", "train_flops": HELPER * 0.12, "parameters": 9}
+    if job.row and job.key == "salt_ds_offline":
+        scorer = {"run": f"small {job.seed}", "train_flops": HELPER * 0.12, "parameters": 9}
+        made = {"helpers": {"scorer": scorer}, "scores_fingerprint": "s", "scoring_flops": SCORING}
         found["data"] = {"lists": {"list": {"made": made}}}
     (path / "config.json").write_text(json.dumps({"config": settings, "facts": found | dict(facts or {})}))
     lines = []
