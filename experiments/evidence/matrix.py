@@ -59,6 +59,7 @@ HELPER_KEYS = {
     "equal": {},
     "untrained": {"steps": 1, "optimizer.warmup_steps": 0, "optimizer.peak_learning_rate": 1e-12},
     "half": {"steps": 0.5},
+    "quarter": {"steps": 0.25},
     "more": {"steps": 2.0},
     "disjoint": {"data.source": "{other}", "data.vocabulary": "{small}"},
     "few": {"select.rows": "list", "select.list": "{list:few}", "select.fraction": 1.0},
@@ -209,7 +210,8 @@ def _helpers_data() -> list[Row]:
 
 def _adaptive() -> list[Row]:
     def row(key: str, title: str, overrides: Mapping[str, Any], stage_1: float, file: str = "salt") -> Row:
-        return Row(key, title, ADAPTIVE, file, LABELS | overrides, 3, ends=FEW_ENDS, stage_1=stage_1)
+        labels = {} if file == "grow" else LABELS
+        return Row(key, title, ADAPTIVE, file, labels | overrides, 3, ends=FEW_ENDS, stage_1=stage_1, pair="salt")
 
     def rule(name: str, w: float = 0.667) -> dict[str, Any]:
         return {"assist.token_weight": f"candidates:{name}", "assist.weight": w}
@@ -225,6 +227,13 @@ def _adaptive() -> list[Row]:
         row("let_salt", "LET with SALT", {"represent.helper": "{small}"}, STAGE_1, "let_salt"),
         row("grow-win", "growth, then w where the teacher is the better, 40 %",
             rule("win") | {"grow.helper": "{small}"}, AUTO_CAP, "grow_salt"),
+        row("salt-quarter", "SALT, small LM trained for a quarter of the steps", {"assist.teacher": "{quarter}"},
+            STAGE_1),
+        row("grow-half", "growth, small LM trained for half of the steps", {"grow.helper": "{half}"}, 0.0, "grow"),
+        row("grow-quarter", "growth, small LM trained for a quarter of the steps", {"grow.helper": "{quarter}"}, 0.0,
+            "grow"),
+        row("grow_salt-quarter", "growth, then SALT, small LM trained for a quarter of the steps",
+            {"grow.helper": "{quarter}", "assist.teacher": "{quarter}"}, STAGE_1, "grow_salt"),
         row("grow-other", "growth, then SALT with a helper of other rows",
             {"grow.helper": "{small}", "assist.teacher": "{disjoint}"}, STAGE_1, "grow_salt"),
     ]  # fmt: skip
