@@ -224,6 +224,8 @@ def _adaptive() -> list[Row]:
         row("responsibility-all", "w by responsibility, whole run", rule("responsibility", 0.5), 1.0),
         row("entropy_gap", "w by the gap of entropies, 40 %", rule("entropy_gap", 0.9), AUTO_CAP),
         row("hyperbolic", "w = n0 / (n0 + n), 60 %", {"assist.schedule": "candidates:hyperbolic"}, 0.6),
+        row("easy", "w = n0 / (n0 + n), longer where the teacher is sure, 60 %",
+            rule("easy") | {"assist.schedule": "candidates:hyperbolic"}, 0.6),
         row("let_salt", "LET with SALT", {"represent.helper": "{small}"}, STAGE_1, "let_salt"),
         row("grow-win", "growth, then w where the teacher is the better, 40 %",
             rule("win") | {"grow.helper": "{small}"}, AUTO_CAP, "grow_salt"),
