@@ -31,6 +31,15 @@ def entropy_gap(info: TokenInfo, w: jax.Array) -> jax.Array:
     return w * jnp.clip(info.entropy - info.teacher_entropy, 0.0, 1.0)
 
 
+def easy(info: TokenInfo, w: jax.Array) -> jax.Array:
+    """Odds w / (1 - w) times 2 nats over the teacher's entropy: soft labels stay longer where the teacher is sure.
+
+    In w* a context's bias is the teacher's chi-square distance, which is small where the next token is easy to guess.
+    """
+    odds = w / jnp.maximum(1 - w, 1e-3) * 2.0 / jnp.maximum(info.teacher_entropy, 0.05)
+    return odds / (1 + odds)
+
+
 def hyperbolic(step: jax.Array) -> jax.Array:
     """n0 / (n0 + n), the closed form of w* over updates with n0 = `HALF_LIFE`."""
     return HALF_LIFE / (HALF_LIFE + step)

@@ -59,6 +59,7 @@ HELPER_KEYS = {
     "equal": {},
     "untrained": {"steps": 1, "optimizer.warmup_steps": 0, "optimizer.peak_learning_rate": 1e-12},
     "half": {"steps": 0.5},
+    "quarter": {"steps": 0.25},
     "more": {"steps": 2.0},
     "disjoint": {"data.source": "{other}", "data.vocabulary": "{small}"},
     "few": {"select.rows": "list", "select.list": "{list:few}", "select.fraction": 1.0},
@@ -80,7 +81,7 @@ def rows(tier: Tier, tuning: bool = False) -> list[Row]:
     return [
         *_grid(tier),
         Row("cutter", "cuts the buckets", BUCKETS, "baseline", seeds=1, first_seed=TUNING_SEEDS + 50, ends=(1.0,)),
-        *_main(5, main),
+        *_main(5, main, "baseline-own" if BASELINE in tier.own_best else BASELINE),
         *_own_best(tier),
         *_gifts(3, main),
         *_adaptive(),
@@ -107,23 +108,24 @@ def _grid(tier: Tier) -> list[Row]:
     return found
 
 
-def _main(seeds: int, ratio: int) -> list[Row]:
+def _main(seeds: int, ratio: int, pair: str = BASELINE) -> list[Row]:
     return [
         Row("baseline", "BASELINE", MAIN, "baseline", {}, seeds, ratio=ratio),
-        Row("salt", "SALT", MAIN, "salt", LABELS, seeds, ratio=ratio),
+        Row("salt", "SALT", MAIN, "salt", LABELS, seeds, ratio=ratio, pair=pair),
         Row("rkd", "RKD", MAIN, "rkd", LABELS, seeds, ratio=ratio, stage_1=1.0),
     ]
 
 
 def _own_best(tier: Tier) -> list[Row]:
-    """Methods whose best of the grid is another than BASELINE's, at their own."""
+    """Methods whose best of the grid is another than all rows', at their own."""
     found = []
     for row in _main(5, tier.ratios[0]):
         if row.key in tier.own_best:
             peak, decay = tier.own_best[row.key]
             keys = {"optimizer.peak_learning_rate": peak, "optimizer.weight_decay": decay}
-            found.append(dataclasses.replace(row, key=f"{row.key}-own", title=f"{row.title}, its own best rates",
-                                             overrides={**row.overrides, **keys}))  # fmt: skip
+            title = f"{row.title}, its own best rates"
+            keys = {**row.overrides, **keys}
+            found.append(dataclasses.replace(row, key=f"{row.key}-own", title=title, overrides=keys, ends=(1.0,)))
     return found
 
 
@@ -208,7 +210,8 @@ def _helpers_data() -> list[Row]:
 
 def _adaptive() -> list[Row]:
     def row(key: str, title: str, overrides: Mapping[str, Any], stage_1: float, file: str = "salt") -> Row:
-        return Row(key, title, ADAPTIVE, file, LABELS | overrides, 3, ends=FEW_ENDS, stage_1=stage_1, pair="salt")
+        labels = {} if file == "grow" else LABELS
+        return Row(key, title, ADAPTIVE, file, labels | overrides, 3, ends=FEW_ENDS, stage_1=stage_1, pair="salt")
 
     def rule(name: str, w: float = 0.667) -> dict[str, Any]:
         return {"assist.token_weight": f"candidates:{name}", "assist.weight": w}
@@ -221,9 +224,18 @@ def _adaptive() -> list[Row]:
         row("responsibility-all", "w by responsibility, whole run", rule("responsibility", 0.5), 1.0, "rkd"),
         row("entropy_gap", "w by the gap of entropies, 40 %", rule("entropy_gap", 0.9), AUTO_CAP),
         row("hyperbolic", "w = n0 / (n0 + n), 60 %", {"assist.schedule": "candidates:hyperbolic"}, 0.6),
+        row("easy", "w = n0 / (n0 + n), longer where the teacher is sure, 60 %",
+            rule("easy") | {"assist.schedule": "candidates:hyperbolic"}, 0.6),
         row("let_salt", "LET with SALT", {"represent.helper": "{small}"}, STAGE_1, "let_salt"),
         row("grow-win", "growth, then w where the teacher is the better, 40 %",
             rule("win") | {"grow.helper": "{small}"}, AUTO_CAP, "grow_salt"),
+        row("salt-quarter", "SALT, small LM trained for a quarter of the steps", {"assist.teacher": "{quarter}"},
+            STAGE_1),
+        row("grow-half", "growth, small LM trained for half of the steps", {"grow.helper": "{half}"}, 0.0, "grow"),
+        row("grow-quarter", "growth, small LM trained for a quarter of the steps", {"grow.helper": "{quarter}"}, 0.0,
+            "grow"),
+        row("grow_salt-quarter", "growth, then SALT, small LM trained for a quarter of the steps",
+            {"grow.helper": "{quarter}", "assist.teacher": "{quarter}"}, STAGE_1, "grow_salt"),
         row("grow-other", "growth, then SALT with a helper of other rows",
             {"grow.helper": "{small}", "assist.teacher": "{disjoint}"}, STAGE_1, "grow_salt"),
     ]  # fmt: skip

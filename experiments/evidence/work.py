@@ -139,7 +139,7 @@ def do_one(setting: Setting, job: Job, command: str) -> None:
 
 
 def _train(setting: Setting, job: Job, command: str) -> None:
-    path, began = Path(job.path), time.time()
+    path = Path(job.path)
     teachers.reads = {"folder": str(Path(setting.out) / "corpus"), "tokens": job.full * setting.sizes.tokens}
     overrides = {key: _value(value) for key, value in job.overrides.items()}
     resolved, _ = config.resolve(str(planning.FILES / f"{job.file}.py"), overrides)
@@ -147,8 +147,8 @@ def _train(setting: Setting, job: Job, command: str) -> None:
     for part in parts_of(job):
         documents.measure(path, setting, part)
     if not (path / NOTE).is_file():
-        made = {"command": command, "commit": commit(), "ended": time.time(), "seconds": time.time() - began}
-        metrics.write_json(path / NOTE, made)
+        spent = json.loads((path / "summary.json").read_text(encoding="utf-8"))["seconds"]
+        metrics.write_json(path / NOTE, {"command": command, "commit": commit(), "seconds": sum(spent.values())})
     jax.clear_caches()  # dozens of runs in one process
     gc.collect()
 
