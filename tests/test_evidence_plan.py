@@ -172,7 +172,7 @@ def test_each_job_stands_once_behind_what_it_needs(jobs):
 
 
 def test_what_a_row_is_compared_with_is_there(evidence, students):
-    """For each of its seeds, at each of its ends; and the page's questions about pairs have theirs."""
+    """For each of its seeds, at all of the steps; and the page's questions about pairs have theirs."""
     ends = {}
     for job in students:
         ends.setdefault((job.ratio, job.key, job.seed), set()).add(job.steps)
@@ -180,7 +180,7 @@ def test_what_a_row_is_compared_with_is_there(evidence, students):
     for job in students:
         pairs[job.key] = job.row.pair
         if job.row.group not in ("grid", "buckets"):
-            assert job.steps in ends[job.ratio, job.row.pair, job.seed], job.path
+            assert job.full in ends[job.ratio, job.row.pair, job.seed], job.path
     assert pairs["grow_salt"] == "grow" and pairs["random"] == "salt" and pairs["unseen"] == "salt_ds_offline"
     assert {row.pair for row in evidence.matrix._adaptive()} == {"salt"}
     assert not set(pairs.values()) - set(pairs)
