@@ -37,6 +37,7 @@ SLOW = [
     "test_documents.py::test_readme_commands",
     "test_documents.py::test_readme_names_every_metric",
     "test_documents.py::test_readme_python",
+    "test_evidence_work.py::test_from_a_corpus_to_the_page_killed_on_the_way",
     "test_gifts.py::test_a_branch_has_had_what_its_trunk_had",
     "test_gifts.py::test_a_branch_is_the_run_that_would_have_decayed_there",
     "test_gifts.py::test_a_run_goes_on_without_the_small_lms_that_have_left",
