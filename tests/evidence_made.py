@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -16,6 +17,9 @@ import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "experiments" / "evidence"
 NAMES = tuple(sorted(path.stem for path in SCRIPTS.glob("*.py")))
+
+
+REPLICATES = 300  # enough for tests
 
 
 @contextlib.contextmanager
@@ -65,6 +69,12 @@ def rows(scripts: types.SimpleNamespace, seeds: int = 3) -> list[Any]:
         *small,
         *(dataclasses.replace(row, **fresh) for row in m._main(seeds, 2)),
     ]
+
+
+def fewer_replicates(scripts: types.SimpleNamespace) -> None:
+    """For these modules, until they are imported again."""
+    draws = functools.partialmethod(scripts.measures.Held.draws, replicates=REPLICATES)
+    scripts.measures.Held.draws, scripts.measures.REPLICATES = draws, REPLICATES
 
 
 def write_corpus(out: Path) -> None:

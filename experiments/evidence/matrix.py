@@ -18,7 +18,7 @@ STAGE_1 = 0.173  # of the steps, for soft labels, selection and representations 
 AUTO_CAP = 0.4
 BASELINE = "baseline"
 EPOCH_DECAYS = (0.03, 0.1, 0.3, 1.0)  # more epochs want more of it
-TUNING_STEPS = 200
+TUNING_STEPS = 100
 FEW = 0.25  # of the rows that a run reads, where it reads them over and over
 MAIN_SEEDS, TUNING_SEEDS, FRESH_SEEDS = 0, 200, 100  # where each set of seeds begins
 STEP_KEYS = {"assist.schedule": "assist.steps", "represent.schedule": "represent.steps"}
@@ -81,7 +81,7 @@ def rows(tier: Tier, tuning: bool = False) -> list[Row]:
     return [
         *_grid(tier),
         Row("cutter", "cuts the buckets", BUCKETS, "baseline", seeds=1, first_seed=TUNING_SEEDS + 50, ends=(1.0,)),
-        *_main(5, main, "baseline-own" if BASELINE in tier.own_best else BASELINE),
+        *_main(5, main),
         *_own_best(tier),
         *_gifts(3, main),
         *_adaptive(),
@@ -108,16 +108,16 @@ def _grid(tier: Tier) -> list[Row]:
     return found
 
 
-def _main(seeds: int, ratio: int, pair: str = BASELINE) -> list[Row]:
+def _main(seeds: int, ratio: int) -> list[Row]:
     return [
         Row("baseline", "BASELINE", MAIN, "baseline", {}, seeds, ratio=ratio),
-        Row("salt", "SALT", MAIN, "salt", LABELS, seeds, ratio=ratio, pair=pair),
+        Row("salt", "SALT", MAIN, "salt", LABELS, seeds, ratio=ratio),
         Row("rkd", "RKD", MAIN, "rkd", LABELS, seeds, ratio=ratio, stage_1=1.0),
     ]
 
 
 def _own_best(tier: Tier) -> list[Row]:
-    """Methods whose best of the grid is another than all rows', at their own."""
+    """Methods whose best of the grid is another than BASELINE's, at their own."""
     found = []
     for row in _main(5, tier.ratios[0]):
         if row.key in tier.own_best:

@@ -74,7 +74,7 @@ def _time(results: Results):
     shown = [found for found in _shown(results, results["setting"]["ratios"][0]) if found["key"] != "baseline"]
     if not shown:
         return None
-    columns = min(4, len(shown))
+    columns = max(2, min(4, len(shown)))
     lines = math.ceil(len(shown) / columns)
     figure, panels = plots.new_figure(lines, columns, (3.6 * columns, 3.4 * lines), sharey=True, sharex=True)
     for panel, found in zip(panels.flat, shown, strict=False):
@@ -96,7 +96,7 @@ def _time(results: Results):
         panel.set_visible(False)
     panels[0, 0].set_ylabel("bits a byte minus BASELINE's\n(grey: not detectable, overall)")
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(6, 2 * columns), fontsize=8)
     return figure
 
 

@@ -131,8 +131,8 @@ def of_row(setting: Setting, row: Row, seed: int) -> list[Job]:
     """The jobs of one row and seed: what it needs, its trunk, its branches."""
     full = steps_of(setting, row.ratio)
     values = read_file(row.file) | dict(row.overrides)
-    shape = {} if "init.model" in row.overrides else dict(setting.tier.student)  # that of what it begins with
-    overrides = _own(setting, row.ratio, seed) | shape | dict(row.overrides)
+    shape = {} if "init.model" in row.overrides else setting.tier.student
+    overrides = _own(setting, row.ratio, seed) | dict(shape) | dict(row.overrides)
     overrides |= {step_key: stage_1(row, full) for key, step_key in matrix.STEP_KEYS.items()
                   if values.get(key, "none") not in ("none", "constant")}  # fmt: skip
     if values.get("select.rows", "all") != "all" and values.get("select.fraction") != 1.0:

@@ -17,7 +17,7 @@ class Tier:
       student: config keys of the student's shape; helpers: of each small LM's, by its name in `matrix.py`.
       shared: keys of all runs.
       ratios: tokens a parameter of a whole run, the main one first.
-      peak, weight_decay: of all rows: the best of the grid for BASELINE, or within what the grid resolves of it.
+      peak, weight_decay: BASELINE's best of the grid; all rows have them.
       own_best: (peak, weight decay) of the methods whose best of the same grid is another.
       grid: (peak, weight decay) pairs that are tried.
       flops: a second that one process computes, and `overhead`, seconds that a run takes beside, for the plan only.
@@ -54,9 +54,9 @@ CPU = Tier(
     },
     shared={"batch_rows": 16, "data.seq_len": 128, "data.vocab_size": 512, "optimizer.warmup_steps": 50},
     ratios=(20, 5),
-    peak=1.6e-2,
+    peak=8e-3,
     weight_decay=0.03,
-    own_best={"baseline": (8e-3, 0.03)},
+    own_best={"salt": (1.6e-2, 0.03)},
     grid=(
         *itertools.product((4e-3, 8e-3, 1.6e-2), (0.03, 0.1, 0.3)),
         (8e-3, 0.01),
