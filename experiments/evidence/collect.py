@@ -1,5 +1,6 @@
 """From the runs' files to `results.json`: every figure of the page. All rows go through the same functions."""
 
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -14,11 +15,12 @@ import points
 import timing
 import tuned
 from compare import SHARES, Seeds
-from matrix import BASELINE, GRID, Row
+from matrix import BASELINE, GIFTS, GRID, MAIN, Row
 from measures import PRIMARY
 from planning import Job, Setting
 from points import Found, Point
 
+BINS = 40  # of the undecayed curve
 ALIKE = ("hardware", "devices", "dtype", "versions", "parameters", "vocabulary_size", "seq_len", "batch_rows")
 
 
@@ -72,6 +74,7 @@ def _row(setting: Setting, found: Found, ratio: int, row: Row, seconds: dict[str
         "helper_parameters": next(iter(own.values()))[-1].helper_parameters,
         "ends": [_end(setting, found, own, base, i, full) for i in range(len(steps))],
         "runs": _runs(own),
+        "undecayed": _undecayed(found, own) if row.group in (MAIN, GIFTS) else [],
     }  # fmt: skip
     shared = {seed: points for seed, points in own.items() if seed in base}
     if row.key == BASELINE or not shared or full not in steps:
@@ -150,6 +153,19 @@ def _runs(own: Seeds) -> dict[str, Any]:
         "seconds": sum(note["seconds"] for note in made),
         "count": len(made),
     }
+
+
+def _undecayed(found: Found, own: Seeds) -> list[list[float]]:
+    """[step, nats a token] of the training text along the trunk until it decays, in bins, means over seeds."""
+    trunks = [found.runs[points[-1].path] for points in own.values()]
+    stop = planning.leaves(next(iter(own.values()))[-1].steps)
+    bins = min(BINS, stop)
+    edges = [round(stop * i / bins) for i in range(bins + 1)]
+    losses = [[record["cross_entropy"] for record in trunk.train[:stop]] for trunk in trunks]
+    return [
+        [(left + right) / 2, round(statistics.fmean(x for seed in losses for x in seed[left:right]), 4)]
+        for left, right in itertools.pairwise(edges)
+    ]
 
 
 def _train_rows(found: Found) -> int:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from answers import last, row
 from compare import SHARES
 from matrix import GIFTS, MAIN
@@ -22,7 +23,8 @@ def all_pictures(results: Results) -> dict[str, bytes]:
     import matplotlib
 
     with matplotlib.rc_context(plots.STYLE):
-        drawn = {"curves.png": _curves(results), "time.png": _time(results), "sweeps.png": _sweeps(results)}
+        drawn = {"curves.png": _curves(results), "time.png": _time(results), "sweeps.png": _sweeps(results),
+                 "undecayed.png": _undecayed(results)}  # fmt: skip
         return {name: plots.png(figure) for name, figure in drawn.items() if figure}
 
 
@@ -67,6 +69,25 @@ def _curve(panel, found: dict[str, Any], x_of: Callable[[dict[str, Any]], float]
     panel.plot(x, [value["mean"] for value in values], **look, markersize=4.5, lw=1.4, label=found["title"])
     dots = [(a, seed) for a, value in zip(x, values, strict=True) for seed in value["seeds"]]
     panel.scatter(*zip(*dots, strict=True), s=6, alpha=0.45, linewidths=0, **look)
+
+
+def _undecayed(results: Results):
+    """Training loss along the trunks, which no comparison is made of: each method's minus BASELINE's."""
+    shown = [found for found in _shown(results, results["setting"]["ratios"][0]) if found.get("undecayed")]
+    base = dict(map(tuple, next((found["undecayed"] for found in shown if found["key"] == "baseline"), [])))
+    if not base or len(shown) < 2:
+        return None
+    figure, panels = plots.new_figure(1, 1, (6.4, 3.4))
+    steps, losses = list(base), list(base.values())
+    for i, found in enumerate(shown):
+        x, y = zip(*found["undecayed"], strict=True)
+        apart = [value - float(np.interp(step, steps, losses)) for step, value in zip(x, y, strict=True)]
+        panels[0, 0].plot(x, apart, color=COLOURS[i % len(COLOURS)], lw=1.3, label=found["title"])
+    panels[0, 0].set_xlabel("steps, learning rate not decayed")
+    panels[0, 0].set_ylabel("training loss minus BASELINE's\n(nats a token; of chosen rows where rows are chosen)")
+    panels[0, 0].set_ylim(-0.6, 0.3)
+    panels[0, 0].legend(fontsize=8)
+    return figure
 
 
 def _time(results: Results):
