@@ -138,7 +138,8 @@ def write_run(scripts: types.SimpleNamespace, job: Any, gain: Gain = lambda job:
     lines = []
     for n in range(job.first, job.steps):
         i = n - job.first if restart else n
-        record = {"kind": "train", "step": n + 1, "flops": totals[i], "tokens": 2000.0 * (i + 1),
+        record = {"kind": "train", "step": n + 1, "flops": totals[i], "cross_entropy": 5.0 - n / 100,
+                  "tokens": 2000.0 * (i + 1),
                   "stage": "assisted" if helped and n < stage_1 else "plain"}  # fmt: skip
         lines.append(json.dumps(record))
     reached = law(sum(cost)) - gain(job)
