@@ -251,11 +251,11 @@ def test_a_page_of_one_row_has_no_figures_of_others(evidence, results):
 
 def test_pictures_are_drawn_of_what_is_there(evidence, results):
     drawn = evidence.pictures.all_pictures(results)
-    assert drawn.keys() == {"curves.png", "time.png", "sweeps.png"}
+    assert drawn.keys() == {"curves.png", "time.png", "sweeps.png", "undecayed.png"}
     for picture in drawn.values():
         assert picture.startswith(b"\x89PNG") and 4_000 < len(picture) < 400_000
     page = evidence.page.markdown(results | {"pictures": sorted(drawn)})
-    assert re.findall(r"\]\((.*png)\)", page) == ["curves.png", "time.png", "sweeps.png"]
+    assert re.findall(r"\]\((.*png)\)", page) == ["curves.png", "time.png", "sweeps.png", "undecayed.png"]
     assert "png" not in evidence.page.markdown(results | {"pictures": []})
 
 
