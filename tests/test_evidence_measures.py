@@ -33,7 +33,7 @@ def held(evidence):
     domain_of = rng.permutation(np.repeat(np.arange(4), 10))
     document = np.repeat(np.arange(40), rng.integers(1, 5, 40))
     domain = domain_of[document]
-    bucket = np.where(domain == 2, -1, rng.integers(0, 3, len(document)))
+    bucket = rng.integers(0, 3, len(document))  # of the unseen domain too, where it must not count
     size = rng.integers(20, 400, len(document)).astype(float)
     return evidence.measures.Held(document, domain, bucket, size, DOMAINS, np.array(SHARES))
 
