@@ -141,9 +141,8 @@ def _at_the_end(rows: Sequence[dict[str, Any]]) -> str:
     found = []
     for row in rows:
         end = last(row)
-        limit = (end.get("equal_steps") or {}).get(PRIMARY, {}).get("detectable") or (end.get("detectable") or {}).get(
-            PRIMARY
-        )
+        limits = (end.get("equal_steps", {}).get(PRIMARY, {}).get("detectable"), end.get("detectable", {}).get(PRIMARY))
+        limit = next(filter(None, limits), None)
         cells = [signed((end.get("equal_flops") or {}).get(share, {}).get(PRIMARY)) for share in SHARES]
         found.append((
             row["title"], str(len(row["seeds"])), f"{end['measures'][PRIMARY]['mean']:.4f}",
@@ -193,10 +192,15 @@ def _measures(rows: Sequence[dict[str, Any]]) -> str:
     shown = [name for name in names if name != PRIMARY]
     titles = {EQUAL: "mean of domains", UNSEEN: "never trained on"}
     header = ("row", *(titles.get(name, name.partition(":")[2]) for name in shown))
-    found = [
-        (row["title"], *(_short((last(row).get("equal_steps") or {}).get(name)) for name in shown)) for row in rows
-    ]
-    return "By domain and bucket, minus BASELINE at equal steps (bold: better or worse):\n\n" + table(header, found)
+    parts = []
+    for words, of in (
+        ("steps", lambda end: end.get("equal_steps")),
+        ("FLOPs, the small LM in full", lambda end: end.get("equal_flops", {}).get("full")),
+    ):
+        found = [(row["title"], *(_short((of(last(row)) or {}).get(name)) for name in shown)) for row in rows]
+        parts.append(f"By domain and bucket, minus BASELINE at equal {words} (bold: better or worse):")
+        parts.append(table(header, found))
+    return "\n\n".join(parts)
 
 
 def _short(apart: dict[str, Any] | None) -> str:
