@@ -257,8 +257,9 @@ def test_all_bytes_of_a_document_count_where_it_is_one_row(evidence, made, vocab
 def test_sums_of_rows_are_those_of_a_dense_model_in_float64(evidence, made, vocabulary):
     out, _ = made
     rows = evidence.documents.make_rows(str(out), "validation", vocabulary, 16)
-    model = Transformer(ModelConfig(vocabulary.size, 1, 16, 32, 2, 1, 8))
-    params = jax.tree.map(lambda x: 3 * x, jax.jit(model.init)(jax.random.key(0)))
+    model = Transformer(ModelConfig(vocabulary.size, 1, 16, 32, 2, 1, 8, tie_embeddings=False))
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: rng.normal(scale=0.6, size=x.shape).astype(np.float32), shapes)
     sums = evidence.documents.row_sums(model, params, rows)
     arrays = rows.arrays
     hidden = jax.jit(model.apply)(params, arrays["tokens"], segment_ids=arrays["segment_ids"],

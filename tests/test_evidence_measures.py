@@ -33,7 +33,7 @@ def held(evidence):
     domain_of = rng.permutation(np.repeat(np.arange(4), 10))
     document = np.repeat(np.arange(40), rng.integers(1, 5, 40))
     domain = domain_of[document]
-    bucket = np.where(domain == 2, -1, rng.integers(0, 3, len(document)))
+    bucket = rng.integers(0, 3, len(document))  # of the unseen domain too, where it must not count
     size = rng.integers(20, 400, len(document)).astype(float)
     return evidence.measures.Held(document, domain, bucket, size, DOMAINS, np.array(SHARES))
 
@@ -130,14 +130,14 @@ def test_rows_that_are_held_are_cut_into_thirds_by_another_model(evidence, tmp_p
 # Intervals
 
 
-def coverage(interval, seeds, *, documents=40, by_seed=1.0, by_document=3.0, both=1.0, repetitions=400):
+def coverage(interval, seeds, *, documents=40, by_seed=1.0, by_document=3.0, both=1.0, repetitions=300):
     """How often the interval has the truth, 0, where seeds and documents both differ."""
     rng, hits = np.random.default_rng(3), 0
     for _ in range(repetitions):
         effects = by_seed * rng.normal(size=(1, seeds)) + by_document * rng.normal(size=(documents, 1))
         values = effects + both * rng.normal(size=(documents, seeds))
         draws = np.concatenate(
-            [np.ones((1, documents)), rng.multinomial(documents, np.full(documents, 1 / documents), size=400)]
+            [np.ones((1, documents)), rng.multinomial(documents, np.full(documents, 1 / documents), size=200)]
         )
         low, high = interval(draws @ values / documents)
         hits += low <= 0 <= high
@@ -149,7 +149,7 @@ def coverage(interval, seeds, *, documents=40, by_seed=1.0, by_document=3.0, bot
 def test_intervals_have_the_truth_as_often_as_they_say(evidence, seeds, effects):
     by_seed, by_document, both = effects
     found = coverage(evidence.measures.interval, seeds, by_seed=by_seed, by_document=by_document, both=both)
-    assert 0.91 <= found <= (0.98 if seeds == 30 else 0.995)  # 0.95, of 400 repetitions: 0.011 of noise
+    assert 0.91 <= found <= (0.98 if seeds == 30 else 0.995)  # 0.95, of 300 repetitions: 0.013 of noise
 
 
 def test_an_interval_has_the_spread_of_both_and_one_seed_has_none(evidence):

@@ -165,12 +165,19 @@ def test_costs_pairs_domains_and_what_rows_stand_on_are_the_results(evidence, re
                 low, high = costs[name]["interval"]
                 assert line[header] == f"{costs[name]['mean']:.2f} [{low:.2f}, {high:.2f}]"
         assert line["seconds, small LM left out"] == "–"
-    for line in table(page, heading, "never trained on"):
-        end = last(by_title[line["row"]])["equal_steps"]
-        names = {"mean of domains": "domain_mean", "never trained on": "unseen", "Wiki": "domain:Wiki"}
-        for header, name in (names | {"hard": "bucket:hard"}).items():
-            text = f"{end[name]['mean']:+.3f}"
-            assert line[header] == (f"**{text}**" if end[name]["verdict"] in ("better", "worse") else text)
+    both = [rows for name, rows in tables(page) if name.startswith(heading) and "never trained on" in rows[0]]
+    names = {
+        "mean of domains": "domain_mean",
+        "never trained on": "unseen",
+        "Wiki": "domain:Wiki",
+        "hard": "bucket:hard",
+    }
+    for rows, of in zip(both, (lambda end: end["equal_steps"], lambda end: end["equal_flops"]["full"]), strict=True):
+        for line in rows:
+            end = of(last(by_title[line["row"]]))
+            for header, name in names.items():
+                text = f"{end[name]['mean']:+.3f}"
+                assert line[header] == (f"**{text}**" if end[name]["verdict"] in ("better", "worse") else text)
     (pair,) = table(page, "Other gifts", "against")
     assert (pair["row"], pair["against"]) == ("growth, then SALT", "growth")
     assert pair["bits a byte apart, at equal steps"] == signed(by_title["growth, then SALT"]["against_pair"])

@@ -23,7 +23,7 @@ def evidence():
         yield found
 
 
-@pytest.fixture(scope="module", params=["cpu", "gpu"])
+@pytest.fixture(scope="module", params=["cpu", "gpu", "gpu-100m"])
 def tier(request, evidence):
     return evidence.tiers.TIERS[request.param]
 
@@ -269,9 +269,10 @@ def test_baseline_goes_on_until_it_has_cost_what_the_dearest_method_costs(eviden
     jobs = evidence.planning.of_row(setting, rows["rkd"], 0)
     helper, rkd = jobs[0], jobs[1]
     update = setting.sizes.tokens * setting.sizes.student
-    assert rkd.steps == full and helper.cost == full * update * evidence.planning.relative(setting, "small")
+    assert rkd.steps == full
+    assert helper.cost == pytest.approx(full * update * evidence.planning.relative(setting, "small"))
     longer = evidence.planning.longer(setting, full)
-    assert longer in ends and 0 <= longer * update - (full * update + helper.cost) < update
+    assert longer in ends and -1e-6 <= longer - (full + helper.cost / update) < 1
     assert rkd.cost == pytest.approx(full * update * (1 + evidence.planning.relative(setting, "small") / 3))
     assert rkd.cost + helper.cost < 2 * full * update
 

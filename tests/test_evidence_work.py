@@ -157,8 +157,10 @@ def test_a_run_is_done_when_it_is_measured_on_the_part_that_is_its_own(evidence,
         (Path(job.path) / "evidence.json").touch()
         assert evidence.work.done(job)
         for part in parts:
-            (Path(job.path) / f"documents-{part}.json").unlink()
+            measured = Path(job.path) / f"documents-{part}.json"
+            measured.unlink()
             assert not evidence.work.done(job)
+            measured.touch()
 
 
 def test_a_scored_corpus_is_done_when_it_is_complete(evidence, tmp_path):
