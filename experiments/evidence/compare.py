@@ -104,10 +104,11 @@ def to_quality(seeds: Seeds, base: Seeds, steps: int, cost: Callable[[Point], fl
     )  # [seeds, ends, replicates]
     target = np.stack([at_steps(base[seed], steps).measures[PRIMARY] for seed in shared])  # [seeds, replicates]
     rng, n = np.random.default_rng(1), len(shared)
-    found = []
+    factor, found = measures.widening(n) if n > 1 else 0.0, []
     for b in range(curve.shape[2]):
-        drawn = np.arange(n) if b == 0 else rng.integers(n, size=n)
-        found.append(_reach(paid, curve[drawn, :, b].mean(axis=0), target[drawn, b].mean()))
+        counts = np.bincount(rng.integers(n, size=n), minlength=n) if b else np.ones(n)
+        weights = (1 + factor * (counts - 1)) / n  # of seeds; they add up to 1
+        found.append(_reach(paid, weights @ curve[:, :, b], weights @ target[:, b]))
     ratios = np.array([math.exp(value) / target_cost if value is not None else math.inf for value, _ in found])
     edges = np.quantile(ratios[1:], (0.025, 0.975), method="nearest") if n > 1 else None
     first = float(ratios[0])
