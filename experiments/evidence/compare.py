@@ -103,20 +103,28 @@ def to_quality(seeds: Seeds, base: Seeds, steps: int, cost: Callable[[Point], fl
         [[point.measures[PRIMARY] for point in seeds[seed]] for seed in shared]
     )  # [seeds, ends, replicates]
     target = np.stack([at_steps(base[seed], steps).measures[PRIMARY] for seed in shared])  # [seeds, replicates]
+    log_target = math.log(target_cost)
     rng, n = np.random.default_rng(1), len(shared)
-    factor, found = measures.widening(n) if n > 1 else 0.0, []
-    for b in range(curve.shape[2]):
-        counts = np.bincount(rng.integers(n, size=n), minlength=n) if b else np.ones(n)
-        weights = (1 + factor * (counts - 1)) / n  # of seeds; they add up to 1
-        found.append(_reach(paid, weights @ curve[:, :, b], weights @ target[:, b]))
-    ratios = np.array([math.exp(value) / target_cost if value is not None else math.inf for value, _ in found])
-    edges = np.quantile(ratios[1:], (0.025, 0.975), method="nearest") if n > 1 else None
-    first = float(ratios[0])
+    value, where = _reach(paid, curve[:, :, 0].mean(axis=0), target[:, 0].mean())
+    ratios = []
+    for b in range(1, curve.shape[2]):
+        drawn = rng.integers(n, size=n)
+        of_all = _reach(paid, curve[:, :, b].mean(axis=0), target[:, b].mean())[0]
+        of_drawn = _reach(paid, curve[drawn, :, b].mean(axis=0), target[drawn, b].mean())[0]
+        ratios.append(_widened(of_all, of_drawn, n) - log_target)
+    edges = np.exp(np.quantile(ratios, (0.025, 0.975), method="nearest")) if n > 1 else None
     return {
-        "where": found[0][1],
-        "mean": first if math.isfinite(first) else None,
+        "where": where,
+        "mean": None if value is None else math.exp(value - log_target),
         "interval": None if edges is None else [float(x) if math.isfinite(x) else None for x in edges],
     }
+
+
+def _widened(of_all: float | None, of_drawn: float | None, seeds: int) -> float:
+    """The logarithm of a cost, what the draw of seeds adds to it widened as `measures.interval` does; inf: never."""
+    if of_all is None or of_drawn is None:
+        return math.inf
+    return of_all + (measures.widening(seeds) * (of_drawn - of_all) if seeds > 1 else 0.0)
 
 
 def _reach(x: Sequence[float], y: Sequence[float], target: float) -> tuple[float | None, str]:
