@@ -110,7 +110,10 @@ def _end(setting: Setting, found: Found, own: Seeds, base: Seeds, i: int, full: 
     elif shared and compare.at_steps(next(iter(base.values())), first.steps):
         result["equal_steps"] = {name: _apart(shared, base, first.steps, base, name) for name in names}
         result["equal_flops"] = {
-            share: {name: _at_flops(shared, base, first.steps, name, part) for name in names}
+            share: {
+                name: _at_flops(shared, base, first.steps, name, part)
+                for name in (names if first.steps == full else [PRIMARY])
+            }
             for share, part in SHARES.items()
         }
     return result

@@ -9,10 +9,12 @@ belongs to it from the runs that are there.
 
 import argparse
 import dataclasses
+import json
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import collect
 import corpus
@@ -24,7 +26,7 @@ import work
 from planning import Job, Setting
 from tiers import TIERS
 
-from slm_assist import cli, metrics
+from slm_assist import cli
 from slm_assist.errors import UserError, one_of
 from slm_assist.scoring import Stopped as ScoringStopped
 from slm_assist.train import Stopped
@@ -71,16 +73,25 @@ def _run(options: argparse.Namespace, rest: list[str], command: str) -> int:
 
 def _collect(setting: Setting, jobs: Sequence[Job], command: str, out: Path) -> int:
     """Writes the page, its figures and its pictures; what theory.py measured there becomes a part of it."""
-    results = collect.collect(setting, jobs, command)
+    results = _short(collect.collect(setting, jobs, command))
     drawn = pictures.all_pictures(results)
     results["pictures"] = sorted(drawn)
     out.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(out / "results.json", results)
+    (out / "results.json").write_text(json.dumps(results, separators=(",", ":")), encoding="utf-8")
     for name, picture in drawn.items():
         (out / name).write_bytes(picture)
     (out / "README.md").write_text(page.markdown(results, page.read_theory(out)), encoding="utf-8")
     print(out / "README.md")
     return 0
+
+
+def _short(value: Any) -> Any:
+    """Floats to seven digits."""
+    if isinstance(value, dict):
+        return {name: _short(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_short(part) for part in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def _parser() -> argparse.ArgumentParser:
