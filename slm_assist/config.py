@@ -6,6 +6,7 @@ differ when a run goes on; any other difference is refused, by name.
 """
 
 import difflib
+import functools
 import json
 import runpy
 from collections.abc import Mapping
@@ -208,9 +209,9 @@ def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """The config of a config.json; keys that it does not have yet are at their defaults."""
-    config, known = get_config(), flatten(get_config())
+    config = get_config()
     for key, value in flatten(values).items():
-        if key in known:
+        if key in _defaults():
             set_key(config, key, value)
     return config
 
@@ -254,9 +255,15 @@ def read_experiment(path: str) -> dict[str, Any]:
     return overrides
 
 
+@functools.cache
+def _defaults() -> Mapping[str, Any]:
+    """Every key's default, not to be written to."""
+    return flatten(get_config())
+
+
 def set_key(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
     """Sets one dotted key, parsing strings by the default's type."""
-    keys = flatten(get_config())
+    keys = _defaults()
     if key not in keys:
         raise UserError(f"unknown config key {key!r}{_nearest_key(key, keys)}; --print_config lists all keys")
     parsed = parse(key, value, keys[key])

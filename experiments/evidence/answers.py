@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from compare import BETTER, OPEN, WORSE
+from compare import BETTER, ONE, OPEN, WORSE
 from measures import EQUAL, PRIMARY, UNSEEN
 
 Results = dict[str, Any]
@@ -195,7 +195,7 @@ def _adaptive(results: Results) -> str:
             texts.append(f"{found['title']} {said(found['against_pair'])}")
     if not texts:
         return ""
-    resolved = any(f" {BETTER} (" in text for text in texts)
+    resolved = any(f" {word} (" in text for text in texts for word in (BETTER, ONE))
     text = "Against SALT at equal steps, on the seeds that choices are made on: " + "; ".join(texts) + "."
     return text if resolved else text + f" None is better than SALT by a margin that is resolved (`{OPEN}`)."
 

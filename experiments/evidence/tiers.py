@@ -88,7 +88,7 @@ GPU_100M = dataclasses.replace(
     name="gpu-100m",
     student={"model.size": "gpu-100m"},
     helpers={name: {"model.size": f"gpu-{size}"} for name, size in
-             {"small": "35m", "tiny": "15m", "medium": "35m", "equal": "100m"}.items()},
+             {"small": "35m", "tiny": "15m", "medium": "65m", "equal": "100m"}.items()},
     shared={"batch_rows": 256, "data.seq_len": 1024, "data.vocab_size": 32768, "optimizer.warmup_steps": 200},
     ratios=(20, 5),
 )  # fmt: skip

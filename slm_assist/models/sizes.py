@@ -53,9 +53,12 @@ NAMED: dict[str, dict[str, Any]] = {
     "gpu-9m": {"num_layers": 6, "d_model": 256, "d_ff": 704, "num_heads": 4, "num_kv_heads": 4, "head_dim": 64},
     "gpu-15m": {"num_layers": 8, "d_model": 320, "d_ff": 880, "num_heads": 5, "num_kv_heads": 5, "head_dim": 64},
     "gpu-25m": {"num_layers": 10, "d_model": 384, "d_ff": 1056, "num_heads": 6, "num_kv_heads": 6, "head_dim": 64},
-    # For one GPU, an hour a run: 34M and 101M parameters with 32768 tokens.
+    # For one GPU, an hour a run: 34M, 67M and 101M parameters with 32768 tokens.
     "gpu-35m": {
         "num_layers": 6, "d_model": 512, "d_ff": 1408, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64,
+    },
+    "gpu-65m": {
+        "num_layers": 10, "d_model": 640, "d_ff": 1728, "num_heads": 10, "num_kv_heads": 5, "head_dim": 64,
     },
     "gpu-100m": {
         "num_layers": 12, "d_model": 768, "d_ff": 2048, "num_heads": 12, "num_kv_heads": 4, "head_dim": 64,
