@@ -79,7 +79,8 @@ def _row(setting: Setting, found: Found, ratio: int, row: Row, seconds: dict[str
     shared = {seed: points for seed, points in own.items() if seed in base}
     if row.key == BASELINE or not shared or full not in steps:
         return result
-    result["to_quality"] = _to_quality(shared, base, full, seconds)
+    if len(steps) > 1:
+        result["to_quality"] = _to_quality(shared, base, full, seconds)
     if row.pair != BASELINE and set(own) & set(pair):
         result["against_pair"] = _apart(own, pair, full, pair, PRIMARY)
     long = round(planning.LONGEST * full)

@@ -19,6 +19,7 @@ AUTO_CAP = 0.4
 BASELINE = "baseline"
 EPOCH_DECAYS = (0.03, 0.1, 0.3, 1.0)  # more epochs want more of it
 TUNING_STEPS = 100
+CLAIMED_SEEDS = 8  # of what is claimed of SALT itself: so that a difference of half a percent is found
 FEW = 0.25  # of the rows that a run reads, where it reads them over and over
 MAIN_SEEDS, TUNING_SEEDS, FRESH_SEEDS = 0, 200, 100  # where each set of seeds begins
 STEP_KEYS = {"assist.schedule": "assist.steps", "represent.schedule": "represent.steps"}
@@ -84,6 +85,7 @@ def rows(tier: Tier, tuning: bool = False) -> list[Row]:
         *_main(5, main),
         *_own_best(tier),
         *_gifts(3, main),
+        *_growths(),
         *_adaptive(),
         *_confirmation(),
         *_controls(),
@@ -171,7 +173,10 @@ def _confirmation() -> list[Row]:
     """What is claimed, on seeds and documents that nothing was chosen by."""
     chosen = [*_main(5, 0), *(row for row in _gifts(5, 0) if row.key in ("grow", "salt_ds"))]
     fresh = {"group": CONFIRM, "first_seed": FRESH_SEEDS, "test": True}
-    return [dataclasses.replace(row, **fresh) for row in chosen]
+    return [
+        dataclasses.replace(row, **fresh, seeds=CLAIMED_SEEDS if row.key in (BASELINE, "salt") else row.seeds)
+        for row in chosen
+    ]
 
 
 def _tuned() -> list[Row]:
@@ -238,6 +243,15 @@ def _adaptive() -> list[Row]:
             {"grow.helper": "{quarter}", "assist.teacher": "{quarter}"}, STAGE_1, "grow_salt"),
         row("grow-other", "growth, then SALT with a helper of other rows",
             {"grow.helper": "{small}", "assist.teacher": "{disjoint}"}, STAGE_1, "grow_salt"),
+    ]  # fmt: skip
+
+
+def _growths() -> list[Row]:
+    """How far clones are pushed apart at the start: as clones they would learn no more than the small LM can."""
+    return [
+        Row(f"grow-noise-{noise:g}", f"growth, noise {noise:g}", SWEEPS, "grow",
+            {"grow.helper": "{small}", "grow.noise": noise}, 1, ends=FEW_ENDS, pair="grow")
+        for noise in (0.05, 0.2, 0.5, 1.0)
     ]  # fmt: skip
 
 

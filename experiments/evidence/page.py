@@ -109,7 +109,9 @@ def _how(results: Results) -> str:
         "a byte on the test part at equal total FLOPs, the small LM's training charged in full, at all of the steps of "
         "the main ratio**; the same with that charge shared by 10 students, and left out, stands beside it. Forward "
         "passes of helpers and the scoring of rows always count. BASELINE at a method's FLOPs lies between BASELINE's "
-        "own decayed models, which go to twice the steps. Rows that only explore are measured on the validation part.",
+        "own decayed models, which go to twice the steps; one of them, of "
+        f"{s['longer'][main]} steps, is BASELINE given the FLOPs of the small LM's training as extra steps. Rows that "
+        "only explore are measured on the validation part.",
         f"In brackets: 95 % intervals of {s['replicates']} bootstrap replicates over seeds and documents (within "
         "domains), of differences paired by seed. `better` and `worse` only where the interval leaves out 0 and the "
         "difference is at least the minimum detectable one: that which BASELINE's own spread over seeds lets one find "

@@ -92,7 +92,8 @@ def _undecayed(results: Results):
 
 def _time(results: Results):
     """Each measure minus BASELINE's at equal steps, over the steps: one panel a method."""
-    shown = [found for found in _shown(results, results["setting"]["ratios"][0]) if found["key"] != "baseline"]
+    shown = [found for found in _shown(results, results["setting"]["ratios"][0])
+             if found["key"] != "baseline" and len(found["ends"]) > 1]  # fmt: skip
     if not shown:
         return None
     columns = max(2, min(4, len(shown)))
@@ -113,6 +114,7 @@ def _time(results: Results):
         panel.axhline(0, color="#888888", lw=0.8)
         panel.set_title(found["title"])
         panel.set_xlabel("% of the steps")
+        panel.tick_params(labelbottom=True)
     for panel in list(panels.flat)[len(shown) :]:
         panel.set_visible(False)
     panels[0, 0].set_ylabel("bits a byte minus BASELINE's\n(grey: not detectable, overall)")
