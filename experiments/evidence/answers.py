@@ -68,18 +68,22 @@ def _earlier(results: Results) -> str:
         reached = found.get("to_quality")
         if not reached:
             continue
+        if reached["steps"]["where"] == "never":
+            texts.append(f"{found['title']} never")
+            continue
         words = {"steps": "of its steps", "flops_free": "of its FLOPs with the small LM's training left out",
                  "flops_full": "in full", "seconds": "of its seconds"}  # fmt: skip
         texts.append(f"{found['title']} at " + ", ".join(
-            f"{_part(reached[name])} {text}" for name, text in words.items() if name in reached
+            f"{part(reached[name])} {text}" for name, text in words.items() if name in reached
         ))  # fmt: skip
     return "BASELINE's quality at all of its steps is reached by " + "; ".join(texts) + "." if texts else ""
 
 
-def _part(found: dict[str, Any]) -> str:
+def part(found: dict[str, Any]) -> str:
+    """A cost as a part of BASELINE's, with its interval; `≤`: the first model is as good already."""
     if found["where"] == "never":
-        return "no part"
-    text = ("at most " if found["where"] == "before" else "") + f"{found['mean']:.2f}"
+        return "never"
+    text = ("≤ " if found["where"] == "before" else "") + f"{found['mean']:.2f}"
     if found["interval"]:
         text += " [{}, {}]".format(*("never" if x is None else f"{x:.2f}" for x in found["interval"]))
     return text

@@ -171,23 +171,17 @@ def _to_quality(rows: Sequence[dict[str, Any]]) -> str:
     found, costs = [], ("steps", "flops_free", "flops_shared", "flops_full", "seconds")
     for row in rows:
         if "to_quality" in row:
-            found.append((row["title"], *(_cost(row["to_quality"].get(cost)) for cost in costs)))
+            found.append(
+                (
+                    row["title"],
+                    *(answers.part(row["to_quality"][cost]) if cost in row["to_quality"] else NONE for cost in costs),
+                )
+            )
     header = ("row", "steps", "FLOPs, small LM left out", "shared by 10", "in full", "seconds, small LM left out")
     return (
         "Cost to BASELINE's quality at all of its steps, as a part of BASELINE's; below 1 is cheaper. `≤`: the first "
         f"of the row's models is as good already; `never`: none is; {NONE}: not measured.\n\n" + table(header, found)
     )
-
-
-def _cost(found: dict[str, Any] | None) -> str:
-    if not found:
-        return NONE
-    if found["where"] == "never":
-        return "never"
-    text = ("≤ " if found["where"] == "before" else "") + f"{found['mean']:.2f}"
-    if found["interval"]:
-        text += " [{}, {}]".format(*("never" if x is None else f"{x:.2f}" for x in found["interval"]))
-    return text
 
 
 def _measures(rows: Sequence[dict[str, Any]]) -> str:
