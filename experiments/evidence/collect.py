@@ -14,6 +14,7 @@ import planning
 import points
 import timing
 import tuned
+import work
 from compare import SHARES, Seeds
 from matrix import BASELINE, GIFTS, GRID, MAIN, Row
 from measures import PRIMARY
@@ -30,7 +31,7 @@ def collect(setting: Setting, jobs: Sequence[Job], command: str) -> dict[str, An
     Raises:
       UserError: nothing to collect, or runs that cannot be compared.
     """
-    parts = {part: points.read(setting, jobs, part) for part in _parts(setting, jobs)}
+    parts = {part: points.read(setting, jobs, part) for part in _parts(jobs)}
     seconds = timing.read(setting)
     results: dict[str, Any] = {"command": command, "setting": _setting(setting, parts), "seconds": seconds}
     for part, found in parts.items():
@@ -51,9 +52,9 @@ def collect(setting: Setting, jobs: Sequence[Job], command: str) -> dict[str, An
     return results
 
 
-def _parts(setting: Setting, jobs: Sequence[Job]) -> list[str]:
+def _parts(jobs: Sequence[Job]) -> list[str]:
     """The parts of the held-out text on which something was measured."""
-    tested = any(job.row and job.row.test and (Path(job.path) / "evidence.json").is_file() for job in jobs)
+    tested = any(job.row and job.row.test and work.done(job) for job in jobs)
     return [corpus.VALIDATION] + [corpus.TEST] * tested
 
 
@@ -72,7 +73,7 @@ def _row(setting: Setting, found: Found, ratio: int, row: Row, seconds: dict[str
         "seeds": sorted(own), "planned": row.seeds, "steps": full,
         "switch": [points[-1].switch for points in own.values()],
         "helper_parameters": next(iter(own.values()))[-1].helper_parameters,
-        "ends": [_end(setting, found, own, base, i, full) for i in range(len(steps))],
+        "ends": [_end(found, own, base, i, full) for i in range(len(steps))],
         "runs": _runs(own),
         "undecayed": _undecayed(found, own) if row.group in (MAIN, GIFTS) else [],
     }  # fmt: skip
@@ -91,7 +92,7 @@ def _row(setting: Setting, found: Found, ratio: int, row: Row, seconds: dict[str
     return result
 
 
-def _end(setting: Setting, found: Found, own: Seeds, base: Seeds, i: int, full: int) -> dict[str, Any]:
+def _end(found: Found, own: Seeds, base: Seeds, i: int, full: int) -> dict[str, Any]:
     """A row's models of one number of steps."""
     chosen = {seed: points[i] for seed, points in own.items()}
     first = next(iter(chosen.values()))

@@ -82,7 +82,11 @@ def detectable(base: Seeds, steps: int, name: str, others: int) -> float | None:
     (t_0.975 + t_0.80) s sqrt(1 / n + 1 / others), s BASELINE's standard deviation over its n seeds, at its models of so
     many steps, and the other row taken to spread as it does. None with one seed.
     """
-    values = [float(point.measures[name][0]) for own in base.values() if (point := at_steps(own, steps))]
+    return of_spread([float(p.measures[name][0]) for own in base.values() if (p := at_steps(own, steps))], others)
+
+
+def of_spread(values: Sequence[float], others: int) -> float | None:
+    """`detectable` of BASELINE's values by seed."""
     n = len(values)
     if n < 2:
         return None
