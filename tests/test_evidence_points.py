@@ -144,21 +144,38 @@ def copy(evidence, made, tmp_path):
     return make(evidence, tmp_path / "out", rows=rows)
 
 
-def test_seeds_that_are_not_whole_are_left_out_and_named(evidence, made, tmp_path):
+def test_seeds_without_a_last_model_are_left_out_and_named(evidence, made, tmp_path):
     setting, jobs, _ = copy(evidence, made, tmp_path)
-    branch = next(job for job in jobs if (job.key, job.seed) == ("salt", 1) and job.trunk)
-    (Path(branch.path) / "evidence.json").unlink()
-    trunk = next(job for job in jobs if (job.key, job.seed) == ("baseline", 2) and not job.trunk)
-    (Path(trunk.path) / "documents-validation.json").unlink()
+    full = jobs[-1].full
+    for key, seed in (("salt", 1), ("baseline", 2)):
+        job = next(job for job in jobs if (job.key, job.seed, job.steps) == (key, seed, full))
+        (Path(job.path) / ("evidence.json" if key == "salt" else "documents-validation.json")).unlink()
     found = evidence.points.read(setting, jobs, "validation")
-    assert found.missing == {(2, "salt"): [0, 2], (2, "baseline"): [0, 1]}
+    assert found.missing == {(2, "salt"): ([0, 2], 1), (2, "baseline"): ([0, 1], 1)}
     assert found.seeds(2, "salt") == [0, 2] and found.seeds(2, "baseline") == [0, 1]
     results = evidence.collect.collect(setting, jobs, COMMAND)
     assert [(entry["row"], entry["seeds"], entry["planned"]) for entry in results["validation"]["missing"]] == [
         ("baseline", [0, 1], 3), ("salt", [0, 2], 3)]  # fmt: skip
     salt = row_of(results, "salt")
     assert salt["seeds"] == [0, 2] and len(salt["ends"][-1]["equal_steps"]["bits_per_byte"]["seeds"]) == 1
-    assert "| BASELINE | validation | 2 | 2 of 3 |" in evidence.page.markdown(results)
+    assert "| BASELINE | validation | 2 | 2 of 3 | 1 |" in evidence.page.markdown(results)
+
+
+def test_a_row_has_the_ends_that_all_of_its_seeds_have(evidence, made, tmp_path):
+    setting, jobs, _ = copy(evidence, made, tmp_path)
+    ends = sorted({job.steps for job in jobs if job.key == "salt"})
+    branch = next(job for job in jobs if (job.key, job.seed, job.steps) == ("salt", 1, ends[0]))
+    (Path(branch.path) / "evidence.json").unlink()
+    trunk = next(job for job in jobs if (job.key, job.seed) == ("baseline", 2) and not job.trunk)
+    (Path(trunk.path) / "documents-validation.json").unlink()
+    found = evidence.points.read(setting, jobs, "validation")
+    assert found.missing == {(2, "salt"): ([0, 1, 2], 1), (2, "baseline"): ([0, 1, 2], 1)}
+    assert {tuple(point.steps for point in found.points[2, "salt", seed]) for seed in (0, 1, 2)} == {tuple(ends[1:])}
+    results = evidence.collect.collect(setting, jobs, COMMAND)
+    salt = row_of(results, "salt")
+    assert [end["steps"] for end in salt["ends"]] == ends[1:] and "against_longest" not in salt
+    assert "| SALT | validation | 2 | 3 of 3 | 1 |" in evidence.page.markdown(results)
+    assert evidence.pictures.all_pictures(results)
 
 
 def test_a_pair_without_a_seed_in_common_is_no_pair(evidence, tmp_path):

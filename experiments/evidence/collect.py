@@ -39,7 +39,8 @@ def collect(setting: Setting, jobs: Sequence[Job], command: str) -> dict[str, An
             "rows": [_row(setting, found, ratio, row, seconds) for (ratio, _), row in found.rows.items()
                      if row.group != GRID and found.seeds(ratio, row.key)],
             "missing": [{"ratio": ratio, "row": key, "title": found.rows[ratio, key].title, "seeds": seeds,
-                         "planned": found.rows[ratio, key].seeds} for (ratio, key), seeds in found.missing.items()],
+                         "models": models, "planned": found.rows[ratio, key].seeds}
+                        for (ratio, key), (seeds, models) in found.missing.items()],
         }  # fmt: skip
     results["tuned"] = tuned.collect(jobs)
     validation = parts[corpus.VALIDATION]
@@ -85,10 +86,11 @@ def _row(setting: Setting, found: Found, ratio: int, row: Row, seconds: dict[str
     if row.pair != BASELINE and set(own) & set(pair):
         result["against_pair"] = _apart(own, pair, full, pair, PRIMARY)
     long = round(planning.LONGEST * full)
-    result["against_longest"] = compare.apart(
-        shared, full, lambda seed, point: compare.at_steps(base[seed], long).measures[PRIMARY], PRIMARY,
-        compare.detectable(base, long, PRIMARY, len(shared)),
-    )  # fmt: skip
+    if compare.at_steps(next(iter(base.values())), long):
+        result["against_longest"] = compare.apart(
+            shared, full, lambda seed, point: compare.at_steps(base[seed], long).measures[PRIMARY], PRIMARY,
+            compare.detectable(base, long, PRIMARY, len(shared)),
+        )  # fmt: skip
     return result
 
 
@@ -161,8 +163,13 @@ def _runs(own: Seeds) -> dict[str, Any]:
 
 
 def _undecayed(found: Found, own: Seeds) -> list[list[float]]:
-    """[step, nats a token] of the training text along the trunk until it decays, in bins, means over seeds."""
+    """[step, nats a token] of the training text along the trunk until it decays, in bins, means over seeds.
+
+    Empty while the trunk is not among the row's models.
+    """
     trunks = [found.runs[points[-1].path] for points in own.values()]
+    if any(trunk.train[0]["step"] > 1 for trunk in trunks):
+        return []
     stop = planning.leaves(next(iter(own.values()))[-1].steps)
     bins = min(BINS, stop)
     edges = [round(stop * i / bins) for i in range(bins + 1)]

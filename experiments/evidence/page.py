@@ -288,11 +288,17 @@ def _runs(results: Results) -> str:
 
 def _missing(results: Results) -> str:
     found = [
-        (entry["title"], part, str(entry["ratio"]), f"{len(entry['seeds'])} of {entry['planned']}")
+        (
+            entry["title"],
+            part,
+            str(entry["ratio"]),
+            f"{len(entry['seeds'])} of {entry['planned']}",
+            str(entry["models"]),
+        )
         for part in ("validation", "test")
         for entry in results.get(part, {}).get("missing", [])
     ]
     tiers = [] if results["setting"]["tier"] == "gpu" else ["The GPU tier was not run: no GPU was at hand."]
     if found:
-        tiers.append(table(("row", "part", "ratio", "seeds that are there"), found))
+        tiers.append(table(("row", "part", "ratio", "seeds that are there", "models that are not"), found))
     return "## What is not here\n\n" + "\n\n".join(tiers) if tiers else ""

@@ -118,13 +118,13 @@ def read_file(name: str) -> Mapping[str, Any]:
 
 
 def plan(setting: Setting, rows: Sequence[Row] | None = None) -> list[Job]:
-    """All jobs of the matrix, ranked, each behind those it needs, each once."""
+    """All jobs of the matrix, ranked, each behind those it needs, each once; most curves behind all that is final."""
     found: dict[str, Job] = {}
     for row in matrix.rows(setting.tier, bool(setting.tuning)) if rows is None else rows:
         for seed in range(row.first_seed, row.first_seed + row.seeds):
             for job in of_row(setting, dataclasses.replace(row, ratio=row.ratio or setting.tier.ratios[0]), seed):
                 found.setdefault(job.path, job)
-    return list(found.values())
+    return sorted(found.values(), key=lambda job: bool(job.trunk) and not matrix.curve_at_once(job.row))
 
 
 def of_row(setting: Setting, row: Row, seed: int) -> list[Job]:
@@ -146,7 +146,8 @@ def of_row(setting: Setting, row: Row, seed: int) -> list[Job]:
         TRAIN, str(directory / f"{row.key}-{ends[-1]}"), row.key, seed, row.ratio, row.file, overrides,
         tuple(needed), row, ends[-1], full=full,
     )  # fmt: skip
-    keep = tuple(sorted({leaves(steps) for steps in ends[:-1]}))
+    later = {round(part * full) for part in matrix.ENDS}  # also those not planned: they may be, once it is trained
+    keep = tuple(sorted({leaves(steps) for steps in {*ends, *later} if steps < ends[-1]}))
     trunk = _named(dataclasses.replace(trunk, overrides=overrides | {"steps": ends[-1], "checkpoint.keep": keep}))
     jobs = [*filter(None, needed.values()), trunk, *(_branch(trunk, steps) for steps in ends[:-1])]
     return [dataclasses.replace(job, cost=_cost(setting, job)) for job in jobs]

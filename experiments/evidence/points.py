@@ -55,15 +55,16 @@ class Found:
     """What there is of a plan on one part of the held-out text.
 
     Attributes:
-      points: by (ratio, row's key, seed), in the order of steps; only of rows and seeds that are whole.
-      missing: keys of (ratio, row) of which some seed is not there yet, and which seeds are.
+      points: by (ratio, row's key, seed), in the order of steps; of seeds whose model at all of the steps is there, at
+        the ends that all such seeds of the row have.
+      missing: keys of (ratio, row) of which some model is not there yet: the seeds that are, and models that are not.
       facts: of one of the runs, and of all the names that differ between runs.
     """
 
     part: str
     points: dict[tuple[int, str, int], list[Point]]
     rows: dict[tuple[int, str], Row]
-    missing: dict[tuple[int, str], list[int]]
+    missing: dict[tuple[int, str], tuple[list[int], int]]
     held: measures.Held
     runs: dict[str, Run]
 
@@ -115,20 +116,25 @@ def _check_alike(runs: Sequence[Run]) -> None:
 
 
 def _whole(part: str, chosen: Sequence[Job], points: dict, held: measures.Held, runs: dict[str, Run]) -> Found:
-    """Only rows and seeds of which every end is there; what else was planned is noted."""
-    planned: dict[tuple[int, str, int], int] = {}
+    """Seeds whose model at all of the steps is there, at the ends that all of them have; what lacks is noted."""
+    planned: dict[tuple[int, str, int], list[Job]] = {}
     rows: dict[tuple[int, str], Row] = {}
     for job in chosen:
-        if job.row.group == BUCKETS:
-            continue
-        planned[job.ratio, job.key, job.seed] = planned.get((job.ratio, job.key, job.seed), 0) + 1
-        rows[job.ratio, job.key] = job.row
-    whole = {key: sorted(own, key=lambda p: p.steps) for key, own in points.items() if len(own) == planned[key]}
-    missing = {
-        row: [seed for ratio, key, seed in whole if (ratio, key) == row]
-        for row in rows
-        if any((ratio, key) == row and (ratio, key, seed) not in whole for ratio, key, seed in planned)
-    }
+        if job.row.group != BUCKETS:
+            planned.setdefault((job.ratio, job.key, job.seed), []).append(job)
+            rows[job.ratio, job.key] = job.row
+    whole: dict[tuple[int, str, int], list[Point]] = {}
+    missing: dict[tuple[int, str], tuple[list[int], int]] = {}
+    for row in rows:
+        keys = [key for key in planned if key[:2] == row]
+        ends = {key: {point.steps for point in points.get(key, [])} for key in keys}
+        there = [key for key in keys if planned[key][0].full in ends[key]]
+        common = set.intersection(*(ends[key] for key in there)) if there else set()
+        for key in there:
+            whole[key] = sorted((p for p in points[key] if p.steps in common), key=lambda point: point.steps)
+        lacking = sum(job.steps not in ends[key] for key in keys for job in planned[key])
+        if lacking:
+            missing[row] = ([key[2] for key in there], lacking)
     return Found(part, whole, rows, missing, held, runs)
 
 
