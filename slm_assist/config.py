@@ -141,7 +141,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.grow.helper = ""  # run directory or hf: of the small LM (the parent) that the student grows from; empty: random
     c.grow.helper_step = -1  # its saved step; -1: the newest whole one
     c.grow.depth = "zero"  # added layers: zero (add nothing at first, so logits stay) | stack | interleave
-    c.grow.noise = 0.01  # tells clones apart, and keeps the logits: part of the RMS of the weights that read them
+    c.grow.noise = 1.0  # tells clones apart, and keeps the logits: part of the RMS of the weights that read them
     c.grow.warmup_steps = -1  # the learning rate's rise in a grown run; -1: optimizer.warmup_steps
 
     c.branch = ml_collections.ConfigDict()

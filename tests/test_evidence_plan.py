@@ -304,16 +304,25 @@ def test_time_goes_by_rank_and_what_needs_a_dropped_job_is_dropped(evidence, set
     assert kept == late[:1] and dropped == [dear, *late]
 
 
-def test_the_list_says_what_is_dropped(evidence, setting):
-    jobs = evidence.planning.plan(setting)[:60]
-    text = evidence.planning.describe(setting, jobs[:40], jobs[40:], 2)
-    lines = text.splitlines()
-    assert len(lines) == 42 and all(job.path in line for job, line in zip(jobs[:40], lines, strict=False))
-    assert lines[0].endswith(f": {jobs[0].steps} updates") and lines[40].startswith("40 jobs, about ")
-    for job in jobs[40:]:
-        assert f"{job.key} at ratio {job.ratio}" in lines[41]
+def test_the_list_has_a_line_a_row_and_says_what_is_dropped(evidence, setting):
+    jobs = evidence.planning.plan(setting)[:160]
+    text = evidence.planning.describe(setting, jobs[:120], jobs[120:], 2)
+    *lines, there, gone = text.splitlines()
+    ratio = setting.tier.ratios[0]
+    assert [line.split()[2] for line in lines] == [f"{key}," for key in dict.fromkeys(
+        job.key for job in jobs[:120] if job.row)]  # fmt: skip
+    hours = [float(line.split()[0]) for line in lines]
+    assert hours == sorted(hours)
+    assert lines[0].endswith(f"{jobs[0].key}, ratio {ratio}, seeds 200: 1 runs, {jobs[0].steps:,} updates")
+    salt = next(line for line in lines if " salt, " in line)
+    runs = [job for job in jobs[:120] if job.key in ("salt", "helper-small") and job.seed < 100]
+    updates = sum(job.steps - job.first for job in runs)
+    assert "seeds 0, 1, 2, 3, 4: " in salt and salt.endswith(f"{updates:,} updates")
+    assert there.startswith("120 jobs, about ")
+    for job in jobs[120:]:
+        assert f"{job.key}, ratio {job.ratio}" in gone
     hours = sum(evidence.planning.seconds_of(setting, job) for job in jobs) / 2 / 3600
-    assert f"dropped, 20 jobs (all would take {hours:.1f} hours)" in lines[41]
+    assert f"dropped, 40 jobs (all would take {hours:.1f} hours)" in gone
     assert "dropped" not in evidence.planning.describe(setting, jobs, [], 1)
 
 

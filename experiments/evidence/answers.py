@@ -161,6 +161,10 @@ def _selection(results: Results) -> str:
         at = last(found)
         texts.append(f"{found['title']} at equal steps {said(at['equal_steps'][PRIMARY])}, with its scoring counted "
                      f"(training of the small LM left out) {said(at['equal_flops']['free'][PRIMARY])}")  # fmt: skip
+        if "scored" in found:
+            s = found["scored"]
+            texts[-1] += (f" ({s['zero']:.0%} of its candidates scored exactly 0, and {s['filled']} of {s['updates']} "
+                          "updates had to take some of those)")  # fmt: skip
     for found in _rows(results, ("random", "same_share", "unseen")):
         if found.get("against_pair"):
             texts.append(f"{found['title']} against its pair {said(found['against_pair'])}")

@@ -77,7 +77,7 @@ def _row(setting: Setting, found: Found, ratio: int, row: Row, seconds: dict[str
         "ends": [_end(found, own, base, i, full) for i in range(len(steps))],
         "runs": _runs(own),
         "undecayed": _undecayed(found, own) if row.group in (MAIN, GIFTS) else [],
-    }  # fmt: skip
+    } | _scored(found, own)  # fmt: skip
     shared = {seed: points for seed, points in own.items() if seed in base}
     if row.key == BASELINE or not shared or full not in steps:
         return result
@@ -178,6 +178,19 @@ def _undecayed(found: Found, own: Seeds) -> list[list[float]]:
         [(left + right) / 2, round(statistics.fmean(x for seed in losses for x in seed[left:right]), 4)]
         for left, right in itertools.pairwise(edges)
     ]
+
+
+def _scored(found: Found, own: Seeds) -> dict[str, Any]:
+    """Of rows chosen online: the mean share of candidates that score exactly 0, and the updates that had to keep some.
+
+    A row scores 0 where half of its tokens' labels or more are outside the scorer's k likeliest, so ties say nothing.
+    """
+    records = [r for points in own.values() for r in found.runs[points[-1].path].train if r.get("score_zero")]
+    if not records:
+        return {}
+    filled = sum(r["kept_rows"] > (1 - r["score_zero"]) * r["candidates"] for r in records)
+    zero = statistics.fmean(r["score_zero"] for r in records)
+    return {"scored": {"zero": zero, "filled": filled, "updates": len(records)}}
 
 
 def _train_rows(found: Found) -> int:

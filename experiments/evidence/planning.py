@@ -7,6 +7,7 @@ order of the data of its own, and all rows of a seed share them.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -372,15 +373,25 @@ def only(jobs: Sequence[Job], text: str) -> list[Job]:
 
 
 def describe(setting: Setting, kept: Sequence[Job], dropped: Sequence[Job], processes: int) -> str:
-    """A line a job in the order of rank, then what is dropped, then the time."""
+    """A line a row in the order of rank, small LMs and lists that it needs included; what is dropped; the time.
+
+    The hours of a line are those that have passed when all of it is there.
+    """
+    named, following = [], ""
+    for job in reversed(kept):  # what a row needs stands before it
+        following = job.key if job.row or not following else following
+        named.append((f"{following}, ratio {job.ratio}", job))
     lines, seconds = [], 0.0
-    for job in kept:
-        seconds += seconds_of(setting, job) / processes
-        what = f"{job.steps - job.first} updates" if job.kind == TRAIN else job.kind
-        lines.append(f"{seconds / 3600:6.2f} h  {job.path}: {what}")
+    for name, group in itertools.groupby(reversed(named), key=lambda pair: pair[0]):
+        jobs = [job for _, job in group]
+        seconds += sum(seconds_of(setting, job) for job in jobs) / processes
+        seeds = ", ".join(map(str, sorted({job.seed for job in jobs})))
+        updates = sum(job.steps - job.first for job in jobs if job.kind == TRAIN)
+        models = sum(job.kind == TRAIN for job in jobs)
+        lines.append(f"{seconds / 3600:6.2f} h  {name}, seeds {seeds}: {models} runs, {updates:,} updates")
     total = sum(seconds_of(setting, job) for job in (*kept, *dropped)) / processes / 3600
     lines.append(f"{len(kept)} jobs, about {seconds / 3600:.1f} hours with {processes} process(es)")
     if dropped:
-        rows = dict.fromkeys(f"{job.key} at ratio {job.ratio}" for job in dropped)
-        lines.append(f"dropped, {len(dropped)} jobs (all would take {total:.1f} hours): {', '.join(rows)}")
+        rows = dict.fromkeys(f"{job.key}, ratio {job.ratio}" for job in dropped)
+        lines.append(f"dropped, {len(dropped)} jobs (all would take {total:.1f} hours): {'; '.join(rows)}")
     return "\n".join(lines)
