@@ -187,6 +187,8 @@ def test_options_that_make_no_sense_are_told_in_one_line(evidence, setting, tmp_
         (["--tier", "tpu"], "--tier"), (["--steps=3"], "--steps: the plan sets it"), (["--only=row=x"], "no such run"),
         (["--collect"], "the run that cuts the buckets is not there yet"),
         (["--collect", "--only=row=salt"], "the run that cuts the buckets is not there yet"),
+        (["--hours=-1"], "--hours=-1"), (["--hours=nan"], "--hours=nan"), (["--processes=0"], "--processes=0"),
+        ([f"--tuning={tmp_path}"], "no train.jsonl in it"),
         ([], "no file matches nothing/*"), (["word"], "'word' is not understood"),
     ):  # fmt: skip
         assert evidence.run.main([*base, *more]) == 2

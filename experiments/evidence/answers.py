@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import compare
+import matrix
 from compare import BETTER, ONE, OPEN, WORSE
 from measures import EQUAL, PRIMARY, UNSEEN
 
@@ -112,16 +114,16 @@ def _name(measure: str) -> str:
     return f"{name} rows" if kind == "bucket" else name
 
 
-def _explored(results: Results, keys: Sequence[str], what: str) -> str:
-    """Exploratory rows and SALT at the same seed, best first; no verdict is made of one seed."""
-    salt, found = row(results, "salt", part="validation"), _rows(results, keys, "validation")
-    if not salt or not found:
+def _explored(results: Results, keys: Sequence[str], what: str, beside: str = "salt") -> str:
+    """Exploratory rows and the row `beside` them at the same seed, best first; no verdict is made of one seed."""
+    first, found = row(results, beside, part="validation"), _rows(results, keys, "validation")
+    if not first or not found:
         return ""
     seed = found[0]["seeds"][0]
-    values = {one["title"]: _at_seed(one, seed) for one in [salt, *found] if seed in one["seeds"]}
+    values = {one["title"]: _at_seed(one, seed) for one in [first, *found] if seed in one["seeds"]}
     ranked = ", ".join(f"{title} {value:.4f}" for title, value in sorted(values.items(), key=lambda item: item[1]))
     base = row(results, "baseline", part="validation")
-    limit = last(base)["detectable"][PRIMARY]
+    limit = compare.of_spread(last(base)["measures"][PRIMARY]["seeds"], 1)
     spread = f", and differences below {limit:.4f} are noise" if limit else ""
     return f"{what}, bits a byte of one seed, best first: {ranked}. Exploratory: one seed{spread}."
 
@@ -175,7 +177,9 @@ def _growth(results: Results) -> str:
     grown, both = row(results, "grow", part="validation"), row(results, "grow_salt", part="validation")
     if not grown or not both or not both.get("against_pair"):
         return ""
-    return f"Growth, then SALT against growth alone, at equal steps: {said(both['against_pair'])}."
+    text = f"Growth, then SALT against growth alone, at equal steps: {said(both['against_pair'])}."
+    keys = [f"grow-noise-{noise:g}" for noise in matrix.NOISES]
+    return f"{text} {_explored(results, keys, 'By how far clones are pushed apart (growth: 1)', 'grow')}".strip()
 
 
 def _controls(results: Results) -> str:

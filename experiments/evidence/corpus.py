@@ -107,6 +107,8 @@ def _write(files: list[Path], out: Path, split: Split) -> dict[str, dict[str, di
     used: Counter = Counter()  # bytes of each held-out document so far
     partial = {part: part_file(out, part).with_suffix(".partial") for part in PARTS}
     with contextlib.ExitStack() as stack:
+        for path in partial.values():
+            stack.callback(path.unlink, missing_ok=True)  # of files that cannot be read nothing stays
         writers = {
             part: stack.enter_context(lzma.open(path, "wt", encoding="utf-8", preset=1))
             for part, path in partial.items()
@@ -124,8 +126,9 @@ def _write(files: list[Path], out: Path, split: Split) -> dict[str, dict[str, di
             bytes_of[part][domain] += size
             documents_of[part][domain].add(name)
             writers[part].write(json.dumps(record | {"text": text}, ensure_ascii=False) + "\n")
-    for part, path in partial.items():
-        path.rename(part_file(out, part))
+        for part, path in partial.items():
+            writers[part].close()
+            path.rename(part_file(out, part))
     return {
         part: {
             domain: {"documents": len(documents_of[part][domain]), "bytes": bytes_of[part][domain]}

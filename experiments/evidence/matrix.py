@@ -21,6 +21,7 @@ EPOCH_DECAYS = (0.03, 0.1, 0.3, 1.0)  # more epochs want more of it
 TUNING_STEPS = 100
 CLAIMED_SEEDS = 8  # of what is claimed of SALT itself: so that a difference of half a percent is found
 PROMISING = ()  # rules and combinations that were better than SALT on the first seed, and so have the others
+NOISES = (0.01, 0.05, 0.2, 0.5, 2.0, 4.0)  # of growth; the row `grow` has 1
 FEW = 0.25  # of the rows that a run reads, where it reads them over and over
 MAIN_SEEDS, TUNING_SEEDS, FRESH_SEEDS = 0, 200, 100  # where each set of seeds begins
 STEP_KEYS = {"assist.schedule": "assist.steps", "represent.schedule": "represent.steps"}
@@ -257,7 +258,7 @@ def _growths() -> list[Row]:
     return [
         Row(f"grow-noise-{noise:g}", f"growth, noise {noise:g}", SWEEPS, "grow",
             {"grow.helper": "{small}", "grow.noise": noise}, 1, ends=FEW_ENDS, pair="grow")
-        for noise in (0.01, 0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
+        for noise in NOISES
     ]  # fmt: skip
 
 

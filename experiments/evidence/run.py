@@ -10,6 +10,7 @@ belongs to it from the runs that are there.
 import argparse
 import dataclasses
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, rest: list[str], command: str) -> int:
-    one_of("--tier", options.tier, TIERS)
+    _check(options)
     given = cli.parse_overrides(rest)
     setting = Setting(options.out, TIERS[options.tier], given, options.tuning)
     planning.check(setting)
@@ -69,6 +70,18 @@ def _run(options: argparse.Namespace, rest: list[str], command: str) -> int:
     work.make_corpus(options.data, Path(options.out), dataclasses.replace(corpus.Split(), unseen=options.unseen))
     work.do_all(setting, kept, command)
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises `UserError` for options that nothing can be done with."""
+    one_of("--tier", options.tier, TIERS)
+    if not 0 <= options.hours < math.inf:
+        raise UserError(f"--hours={options.hours:g}: give the hours to plan for, or 0 for all of the matrix")
+    if options.processes < 1:
+        raise UserError(f"--processes={options.processes}: at least 1 shares the work")
+    for name in ("train.jsonl", "test.jsonl") if options.tuning else ():
+        if not (Path(options.tuning) / name).is_file():
+            raise UserError(f"--tuning={options.tuning}: no {name} in it; give GSM8K's train.jsonl and test.jsonl")
 
 
 def _collect(setting: Setting, jobs: Sequence[Job], command: str, out: Path) -> int:
