@@ -175,7 +175,8 @@ def test_figures_of_the_theorems(monkeypatch, tmp_path):
     for figure in found:
         (tmp_path / f"theory-{figure.name}.png").write_bytes(pictures.picture(figure))
     figure_dicts = [json.loads(json.dumps(theory._finite(figure), allow_nan=False)) for figure in found]
-    results = {"command": "c", "seconds": 1.0, "cores": 1, "versions": {}, "seed": 5, "figures": figure_dicts}
+    results = {"command": "c", "commit": "", "seconds": 1.0, "cores": 1, "versions": {}, "seed": 5}
+    results["figures"] = figure_dicts
     page = theory.markdown(results)
     check_section(page, results, tmp_path)
     assert [figure.agrees for figure in found] == [True, True, False]

@@ -144,7 +144,7 @@ def _leave(results: Results) -> str:
 
 
 def _which(results: Results) -> str:
-    keys = ("size-tiny", "size-medium", "size-equal", "size-half")
+    keys = ("size-tiny", "size-medium", "size-equal", "size-half", "salt-quarter")
     text = _explored(results, keys, "By the small LM (SALT's has 0.3 of the student's parameters)")
     costs = [(found["title"], last(found)["equal_flops"]["full"][PRIMARY]) for found in _rows(results, ("salt", *keys))]
     measured = [(title, apart["mean"]) for title, apart in costs if apart["mean"] is not None]

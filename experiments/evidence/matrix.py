@@ -92,11 +92,11 @@ def rows(tier: Tier, tuning: bool = False) -> list[Row]:
         *_confirmation(),
         *_controls(),
         *_main(5, low),
+        *(_tuned() if tuning else []),
         *_helpers_data(),
         *_sweeps(),
-        *_gifts(3, low),
         *_epochs(),
-        *(_tuned() if tuning else []),
+        *_gifts(3, low),
     ]
 
 

@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from work import commit
+
 from slm_assist import metrics
 from slm_assist.errors import UserError
 from slm_assist.theory import figures, figures_tabular, pictures
@@ -76,6 +78,7 @@ def measure(repetitions: int, seed: int, out: Path) -> dict[str, Any]:
         (out / f"theory-{found[-1].name}.png").write_bytes(pictures.picture(found[-1]))
     return {
         "command": "",
+        "commit": commit(),
         "repetitions": repetitions,
         "seed": seed,
         "seconds": round(time.perf_counter() - began, 1),
@@ -108,8 +111,9 @@ def markdown(results: dict[str, Any]) -> str:
         "not estimated; only rows are drawn. Intervals are of 95 %. `agrees` follows from the numbers: the interval "
         "contains the prediction (=), lies on its side of it (≤, ≥), or the measurement is within a stated share (≈). "
         "Of what is right, one in twenty of the first kind disagrees by chance.",
-        f"{sum(check['agrees'] for check in lines)} of {len(lines)} comparisons agree. `{results['command']}`, "
-        f"{results['seconds']:g} s on {results['cores']} core(s); {versions}; seed {results['seed']}.",
+        f"{sum(check['agrees'] for check in lines)} of {len(lines)} comparisons agree. `{results['command']}`, commit "
+        f"{results['commit'] or 'unknown'}, {results['seconds']:g} s on {results['cores']} core(s); {versions}; seed "
+        f"{results['seed']}.",
     ]
     for figure in results["figures"]:
         parts += [f"### {figure['title']}", f"Predicted: {figure['predicts']}. Drawn: {figure['drawn']}.",
