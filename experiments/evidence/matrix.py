@@ -20,7 +20,8 @@ BASELINE = "baseline"
 EPOCH_DECAYS = (0.03, 0.1, 0.3, 1.0)  # more epochs want more of it
 TUNING_STEPS = 100
 CLAIMED_SEEDS = 8  # of what is claimed of SALT itself: so that a difference of half a percent is found
-PROMISING = ()  # rules and combinations that were better than SALT on the first seed, and so have the others
+# Rules and combinations that were ahead of SALT on the first seed, so that all of the seeds are run.
+PROMISING = ("let_salt", "salt-quarter", "let_salt-quarter")
 NOISES = (0.01, 0.05, 0.2, 0.5, 2.0, 4.0)  # of growth; the row `grow` has 1
 FEW = 0.25  # of the rows that a run reads, where it reads them over and over
 MAIN_SEEDS, TUNING_SEEDS, FRESH_SEEDS = 0, 200, 100  # where each set of seeds begins
@@ -63,6 +64,7 @@ HELPER_KEYS = {
     "untrained": {"steps": 1, "optimizer.warmup_steps": 0, "optimizer.peak_learning_rate": 1e-12},
     "half": {"steps": 0.5},
     "quarter": {"steps": 0.25},
+    "eighth": {"steps": 0.125},
     "more": {"steps": 2.0},
     "disjoint": {"data.source": "{other}", "data.vocabulary": "{small}"},
     "few": {"select.rows": "list", "select.list": "{list:few}", "select.fraction": 1.0},
@@ -243,6 +245,12 @@ def _adaptive() -> list[Row]:
             rule("win") | {"grow.helper": "{small}"}, AUTO_CAP, "grow_salt"),
         row("salt-quarter", "SALT, small LM trained for a quarter of the steps", {"assist.teacher": "{quarter}"},
             STAGE_1),
+        row("let_salt-quarter", "LET with SALT, small LM trained for a quarter of the steps",
+            {"assist.teacher": "{quarter}", "represent.helper": "{quarter}"}, STAGE_1, "let_salt"),
+        row("salt-eighth", "SALT, small LM trained for an eighth of the steps", {"assist.teacher": "{eighth}"},
+            STAGE_1),
+        row("let_salt-eighth", "LET with SALT, small LM trained for an eighth of the steps",
+            {"assist.teacher": "{eighth}", "represent.helper": "{eighth}"}, STAGE_1, "let_salt"),
         row("grow-half", "growth, small LM trained for half of the steps", {"grow.helper": "{half}"}, 0.0, "grow"),
         row("grow-quarter", "growth, small LM trained for a quarter of the steps", {"grow.helper": "{quarter}"}, 0.0,
             "grow"),
