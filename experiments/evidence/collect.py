@@ -10,6 +10,7 @@ from typing import Any
 import compare
 import corpus
 import measures
+import numpy as np
 import planning
 import points
 import timing
@@ -85,6 +86,9 @@ def _row(setting: Setting, found: Found, ratio: int, row: Row, seconds: dict[str
         result["to_quality"] = _to_quality(shared, base, full, seconds)
     if row.pair != BASELINE and set(own) & set(pair):
         result["against_pair"] = _apart(own, pair, full, pair, PRIMARY)
+        result["against_pair_flops"] = {
+            share: _against_at_flops(shared, pair, base, full, part) for share, part in SHARES.items()
+        }
     long = round(planning.LONGEST * full)
     if compare.at_steps(next(iter(base.values())), long):
         result["against_longest"] = compare.apart(
@@ -136,6 +140,19 @@ def _at_flops(own: Seeds, base: Seeds, steps: int, name: str, share: float) -> d
     return compare.apart(
         own, steps, lambda seed, point: compare.at_flops(base[seed], point.cost(share), name), name, limit
     )
+
+
+def _against_at_flops(own: Seeds, pair: Seeds, base: Seeds, steps: int, share: float) -> dict[str, Any]:
+    """What a row has over BASELINE at the row's FLOPs, minus what its pair has over BASELINE at the pair's."""
+
+    def of_pair(seed: int, point: Point) -> np.ndarray | None:
+        other = compare.at_steps(pair[seed], steps)
+        at_own, at_pair = (compare.at_flops(base[seed], one.cost(share), PRIMARY) for one in (point, other))
+        return None if at_own is None or at_pair is None else other.measures[PRIMARY] - at_pair + at_own
+
+    shared = {seed: points for seed, points in own.items() if seed in pair}
+    limit = compare.detectable(base, steps, PRIMARY, len(shared))
+    return compare.apart(shared, steps, of_pair, PRIMARY, limit)
 
 
 def _to_quality(own: Seeds, base: Seeds, full: int, seconds: dict[str, float] | None) -> dict[str, Any]:

@@ -19,9 +19,9 @@ AUTO_CAP = 0.4
 BASELINE = "baseline"
 EPOCH_DECAYS = (0.03, 0.1, 0.3, 1.0)  # more epochs want more of it
 TUNING_STEPS = 100
-CLAIMED_SEEDS = 8  # of what is claimed of SALT itself: so that a difference of half a percent is found
+CLAIMED, CLAIMED_SEEDS = (BASELINE, "salt", "salt-eighth"), 8  # so that a difference of half a percent is found
 # Rules and combinations that were ahead of SALT on the first seed, so that all of the seeds are run.
-PROMISING = ("let_salt", "salt-quarter", "let_salt-quarter")
+PROMISING = ("let_salt", "salt-quarter", "let_salt-quarter", "salt-eighth")
 NOISES = (0.01, 0.05, 0.2, 0.5, 2.0, 4.0)  # of growth; the row `grow` has 1
 FEW = 0.25  # of the rows that a run reads, where it reads them over and over
 MAIN_SEEDS, TUNING_SEEDS, FRESH_SEEDS = 0, 200, 100  # where each set of seeds begins
@@ -104,7 +104,7 @@ def rows(tier: Tier, tuning: bool = False) -> list[Row]:
 
 def curve_at_once(row: Row) -> bool:
     """Whether a row's models of fewer steps are ranked with its last one, and not behind every other row."""
-    return row.group in (MAIN, GIFTS) or row.key in (BASELINE, "salt")
+    return row.group in (MAIN, GIFTS) or row.test and row.key in CLAIMED
 
 
 def _grid(tier: Tier) -> list[Row]:
@@ -180,11 +180,12 @@ def _controls() -> list[Row]:
 
 def _confirmation() -> list[Row]:
     """What is claimed, on seeds and documents that nothing was chosen by."""
-    chosen = [*_main(5, 0), *(row for row in _gifts(5, 0) if row.key in ("grow", "salt_ds"))]
-    fresh = {"group": CONFIRM, "first_seed": FRESH_SEEDS, "test": True}
+    others = ("rkd", "grow", "salt_ds")
+    known = {row.key: row for row in (*_main(5, 0), *_gifts(5, 0), *_adaptive())}
+    fresh = {"group": CONFIRM, "first_seed": FRESH_SEEDS, "test": True, "ends": ENDS}
     return [
-        dataclasses.replace(row, **fresh, seeds=CLAIMED_SEEDS if row.key in (BASELINE, "salt") else row.seeds)
-        for row in chosen
+        dataclasses.replace(known[key], **fresh, seeds=CLAIMED_SEEDS if key in CLAIMED else 5)
+        for key in (*CLAIMED, *others)
     ]
 
 

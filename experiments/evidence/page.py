@@ -132,7 +132,11 @@ def _group(results: Results, part: str, ratio: int, group: str) -> str:
     title = f"## {TITLES[group]}, {ratio} tokens a parameter"
     texts = [title, f"At all of the steps, on {where}; bits a byte, and minus BASELINE's.", _at_the_end(rows)]
     if any("against_pair" in row for row in others):
-        texts += ["Against the row that differs in one thing only:", _against_pairs(results, part, others)]
+        texts += [
+            "Against the row that differs in one thing only; at equal FLOPs, how far each is from BASELINE at its "
+            "own FLOPs, one minus the other:",
+            _against_pairs(results, part, others),
+        ]
     if group == DATA:
         texts += ["Against BASELINE given the helper's extra tokens, twice the steps:", _against_longest(others)]
     if not exploring:
@@ -158,8 +162,13 @@ def _at_the_end(rows: Sequence[dict[str, Any]]) -> str:
 
 def _against_pairs(results: Results, part: str, rows: Sequence[dict[str, Any]]) -> str:
     titles = {row["key"]: row["title"] for row in results[part]["rows"]}
-    found = [(row["title"], titles[row["pair"]], signed(row["against_pair"])) for row in rows if "against_pair" in row]
-    return table(("row", "against", "bits a byte apart, at equal steps"), found)
+    found = [
+        (row["title"], titles[row["pair"]], signed(row["against_pair"]),
+         *(signed(row["against_pair_flops"][share]) for share in SHARES))
+        for row in rows if "against_pair" in row
+    ]  # fmt: skip
+    header = ("row", "against", "at equal steps", *(f"at equal FLOPs, small LM {CHARGED[share]}" for share in SHARES))
+    return table(header, found)
 
 
 def _against_longest(rows: Sequence[dict[str, Any]]) -> str:
