@@ -5,11 +5,12 @@ from typing import Any
 
 import compare
 import matrix
-from compare import BETTER, ONE, OPEN, WORSE
+from compare import BETTER, CHARGED, WORSE
 from measures import EQUAL, PRIMARY, UNSEEN
 
 Results = dict[str, Any]
 Row = dict[str, Any]
+BRIEF = "salt-eighth"  # the row of the method that was found here
 
 
 def markdown(results: Results) -> str:
@@ -44,41 +45,41 @@ def said(apart: dict[str, Any] | None) -> str:
     return f"{apart['verdict']} ({text})"
 
 
+def _listed(first: str, texts: Sequence[str]) -> str:
+    return first + "\n\n" + "\n".join(f"- {text}" for text in texts) if texts else ""
+
+
 def _rows(results: Results, keys: Sequence[str], part: str = "") -> list[Row]:
     return [found for key in keys if (found := row(results, key, part=part))]
 
 
 def _primary(results: Results) -> str:
     texts = []
-    for found in _rows(results, ("salt", "rkd", "grow", "grow_salt", "salt_ds")):
+    for found in _rows(results, ("salt", BRIEF, "rkd", "grow", "grow_salt", "let", "salt_ds", "salt_ds_offline")):
         at = last(found)["equal_flops"]
         where = "test" if found["part"] == "test" else "validation only, not confirmed"
         texts.append(f"{found['title']} ({where}): in full {said(at['full'][PRIMARY])}, shared by 10 "
                      f"{said(at['shared'][PRIMARY])}, left out {said(at['free'][PRIMARY])}")  # fmt: skip
-    if not texts:
-        return ""
-    return (
-        "Bits a byte minus BASELINE's at equal total FLOPs, by how the small LM's training is charged. "
-        + "; ".join(texts)
-        + "."
+    return _listed(
+        "Bits a byte minus BASELINE's at equal total FLOPs, by how the small LM's training is charged.", texts
     )
 
 
 def _earlier(results: Results) -> str:
     texts = []
-    for found in _rows(results, ("salt", "rkd", "grow", "grow_salt", "let", "salt_ds", "salt_ds_offline")):
+    for found in _rows(results, ("salt", BRIEF, "rkd", "grow", "grow_salt", "let", "salt_ds", "salt_ds_offline")):
         reached = found.get("to_quality")
         if not reached:
             continue
         if reached["steps"]["where"] == "never":
-            texts.append(f"{found['title']} never")
+            texts.append(f"{found['title']}: never")
             continue
         words = {"steps": "of its steps", "flops_free": "of its FLOPs with the small LM's training left out",
                  "flops_full": "in full", "seconds": "of its seconds"}  # fmt: skip
-        texts.append(f"{found['title']} at " + ", ".join(
+        texts.append(f"{found['title']}: " + ", ".join(
             f"{part(reached[name])} {text}" for name, text in words.items() if name in reached
         ))  # fmt: skip
-    return "BASELINE's quality at all of its steps is reached by " + "; ".join(texts) + "." if texts else ""
+    return _listed("BASELINE's quality at all of its steps is reached at", texts)
 
 
 def part(found: dict[str, Any]) -> str:
@@ -104,9 +105,9 @@ def _where(results: Results) -> str:
             texts.append(f"{found['title']} at {end['part']:.0%} of the steps is " + (
                 " and ".join(words) if words else "resolved on no domain or bucket"))  # fmt: skip
         unseen = last(found)["equal_steps"].get(UNSEEN)
-        texts.append(f"on the domain never trained on it is {said(unseen)}, in the mean of domains "
-                     f"{said(last(found)['equal_steps'][EQUAL])}")  # fmt: skip
-    return "At equal steps, " + "; ".join(texts) + "." if texts else ""
+        texts[-1] += (f"; on the domain never trained on it is {said(unseen)}, in the mean of domains "
+                      f"{said(last(found)['equal_steps'][EQUAL])}")  # fmt: skip
+    return _listed("At equal steps:", texts)
 
 
 def _name(measure: str) -> str:
@@ -170,7 +171,7 @@ def _selection(results: Results) -> str:
     for found in _rows(results, ("random", "same_share", "unseen")):
         if found.get("against_pair"):
             texts.append(f"{found['title']} against its pair {said(found['against_pair'])}")
-    return "; ".join(texts) + "." if texts else ""
+    return _listed("Bits a byte minus BASELINE's:", texts)
 
 
 def _growth(results: Results) -> str:
@@ -188,28 +189,34 @@ def _controls(results: Results) -> str:
     if not salt or not rows:
         return ""
     texts = [f"{found['title']} {said(last(found)['equal_steps'][PRIMARY])}" for found in [salt, *rows]]
-    return "Against BASELINE at equal steps: " + "; ".join(texts) + "."
+    return _listed("Against BASELINE at equal steps:", texts)
 
 
 def _data(results: Results) -> str:
     texts = [
-        f"{found['title']}: at equal steps {said(last(found)['equal_steps'][PRIMARY])}, against BASELINE of twice the "
-        f"steps {said(found.get('against_longest'))}"
+        f"{found['title']}: against BASELINE at equal steps {said(last(found)['equal_steps'][PRIMARY])}, against "
+        f"BASELINE of twice the steps, given the helper's tokens, {said(found.get('against_longest'))}"
         for found in _rows(results, ("salt_disjoint", "salt_more"), "validation")
     ]
-    return "; ".join(texts) + "." if texts else ""
+    return _listed("Beside SALT, whose small LM has read the same rows:", texts)
 
 
 def _adaptive(results: Results) -> str:
     texts = []
     for found in results["validation"]["rows"]:
         if found["group"] == "adaptive" and found.get("against_pair"):
-            texts.append(f"{found['title']} {said(found['against_pair'])}")
-    if not texts:
-        return ""
-    resolved = any(f" {word} (" in text for text in texts for word in (BETTER, ONE))
-    text = "Against SALT at equal steps, on the seeds that choices are made on: " + "; ".join(texts) + "."
-    return text if resolved else text + f" None is better than SALT by a margin that is resolved (`{OPEN}`)."
+            at = found["against_pair_flops"]["full"]
+            texts.append(f"{found['title']}: {said(found['against_pair'])}; in full {said(at)}")
+    text = _listed("Against SALT, on the seeds that choices are made on, at equal steps, and at equal FLOPs with the "
+                   "small LM's training charged in full:", texts)  # fmt: skip
+    fresh = row(results, BRIEF, part="test")
+    if not text or not fresh or not fresh.get("against_pair"):
+        return text
+    at = ", ".join(f"{words} {said(fresh['against_pair_flops'][share])}" for share, words in CHARGED.items())
+    return (
+        f"{text}\n\nOn fresh seeds and the test part, {fresh['title']}, against SALT: at equal steps "
+        f"{said(fresh['against_pair'])}, at equal FLOPs {at}."
+    )
 
 
 def _tuned(results: Results) -> str:
@@ -218,9 +225,7 @@ def _tuned(results: Results) -> str:
         if "apart" in found:
             apart = found["apart"] | {"interval": found["apart"]["interval_95"], "verdict": found["verdict"]}
             texts.append(f"{found['title']} {said(apart)}")
-    if not texts:
-        return ""
-    return "Nats a token of GSM8K's solutions minus those of fine-tuned BASELINE: " + "; ".join(texts) + "."
+    return _listed("Nats a token of GSM8K's solutions minus those of fine-tuned BASELINE:", texts)
 
 
 QUESTIONS: tuple[tuple[str, Callable[[Results], str]], ...] = (

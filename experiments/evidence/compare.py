@@ -17,7 +17,8 @@ from points import Point
 
 from slm_assist.report import stats
 
-SHARES = {"full": 1.0, "shared": 0.1, "free": 0.0}
+SHARES = {"full": 1.0, "shared": 0.1, "free": 0.0}  # of the small LM's training that is charged, and in words:
+CHARGED = {"full": "in full", "shared": "shared by 10", "free": "left out"}
 BETTER, WORSE, OPEN, ONE, OUTSIDE = "better", "worse", "not resolved", "one seed", "outside the measured range"
 # 80 % quantiles of Student's t with 1, 2, ... 9 degrees of freedom
 T_80 = (1.376, 1.061, 0.978, 0.941, 0.920, 0.906, 0.896, 0.889, 0.883)

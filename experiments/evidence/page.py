@@ -7,12 +7,11 @@ from typing import Any
 
 import answers
 import theory
-from compare import SHARES
+from compare import CHARGED, SHARES
 from matrix import ADAPTIVE, CONFIRM, CONTROLS, DATA, EPOCHS, GIFTS, MAIN, SWEEPS
 from measures import EQUAL, PRIMARY, UNSEEN
 
 NONE = "–"
-CHARGED = {"full": "in full", "shared": "shared by 10", "free": "left out"}
 TITLES = {
     MAIN: "BASELINE, SALT, RKD",
     GIFTS: "Other gifts: weights, representations, judgement of data",
