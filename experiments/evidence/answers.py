@@ -145,16 +145,15 @@ def _leave(results: Results) -> str:
 
 
 def _which(results: Results) -> str:
-    keys = ("size-tiny", "size-medium", "size-equal", "size-half", "salt-quarter")
+    keys = ("size-tiny", "size-medium", "size-equal", "size-half", "salt-quarter", BRIEF)
     text = _explored(results, keys, "By the small LM (SALT's has 0.3 of the student's parameters)")
-    costs = [(found["title"], last(found)["equal_flops"]["full"][PRIMARY]) for found in _rows(results, ("salt", *keys))]
-    measured = [(title, apart["mean"]) for title, apart in costs if apart["mean"] is not None]
+    measured = []
+    for found in _rows(results, ("salt", *keys), "validation"):
+        seeds = last(found)["equal_flops"]["full"][PRIMARY]["seeds"]
+        measured += [(seeds[found["seeds"].index(0)], found["title"])] if seeds and 0 in found["seeds"] else []
     if text and measured:
-        title, mean = min(measured, key=lambda pair: pair[1])
-        text += (
-            f" With its training charged in full the best of those within the measured range is {title}, {mean:+.4f} "
-            "from BASELINE at equal FLOPs."
-        )
+        text += (" With its training charged in full, minus BASELINE at equal FLOPs, of the same seed: "
+                 + ", ".join(f"{title} {value:+.4f}" for value, title in sorted(measured)) + ".")  # fmt: skip
     return text
 
 

@@ -106,7 +106,7 @@ def _end(found: Found, own: Seeds, base: Seeds, i: int, full: int) -> dict[str, 
     result: dict[str, Any] = {
         "steps": first.steps,
         "part": first.steps / full,
-        "measures": {name: _values(own, i, name) for name in names},
+        "measures": {name: _told(name, _values(own, i, name)) for name in names},
         "flops": statistics.fmean(point.flops for point in chosen.values()),
         "helper_flops": statistics.fmean(point.helper_flops for point in chosen.values()),
         "tokens": statistics.fmean(point.tokens for point in chosen.values()),
@@ -116,15 +116,20 @@ def _end(found: Found, own: Seeds, base: Seeds, i: int, full: int) -> dict[str, 
     if first.row.key == BASELINE:
         result["detectable"] = {name: compare.detectable(base, first.steps, name, len(base)) for name in names}
     elif shared and compare.at_steps(next(iter(base.values())), first.steps):
-        result["equal_steps"] = {name: _apart(shared, base, first.steps, base, name) for name in names}
+        result["equal_steps"] = {name: _told(name, _apart(shared, base, first.steps, base, name)) for name in names}
         result["equal_flops"] = {
             share: {
-                name: _at_flops(shared, base, first.steps, name, part)
-                for name in (names if first.steps == full else [PRIMARY])
+                name: _told(name, _at_flops(shared, base, first.steps, name, part))
+                for name in (names if first.steps == full and share == "full" else [PRIMARY])
             }
             for share, part in SHARES.items()
         }
     return result
+
+
+def _told(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Seed by seed for the primary measure only, which keeps the file small."""
+    return found if name == PRIMARY else {key: value for key, value in found.items() if key != "seeds"}
 
 
 def _apart(own: Seeds, other: Seeds, steps: int, base: Seeds, name: str) -> dict[str, Any]:
