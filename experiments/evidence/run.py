@@ -99,12 +99,12 @@ def _collect(setting: Setting, jobs: Sequence[Job], command: str, out: Path) -> 
 
 
 def _short(value: Any) -> Any:
-    """Floats to six digits."""
+    """Floats to seven digits."""
     if isinstance(value, dict):
         return {name: _short(part) for name, part in value.items()}
     if isinstance(value, list):
         return [_short(part) for part in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def _parser() -> argparse.ArgumentParser:
