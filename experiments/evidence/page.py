@@ -237,7 +237,7 @@ def _over_time(results: Results) -> str:
     pictures = [("curves.png", "Fully decayed models against steps and FLOPs"),
                 ("time.png", "Where methods gain and lose over time"),
                 ("sweeps.png", "Sweeps of SALT"),
-                ("undecayed.png", "Training loss before any decay, to look at only")]  # fmt: skip
+                ("undecayed.png", "Training loss of the rows read, before any decay, to look at only")]  # fmt: skip
     there = [f"![{words}]({name})" for name, words in pictures if name in results.get("pictures", ())]
     return "## Over time\n\n" + "\n\n".join(there) if there else ""
 

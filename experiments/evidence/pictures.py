@@ -29,8 +29,9 @@ def all_pictures(results: Results) -> dict[str, bytes]:
 
 
 def _shown(results: Results, ratio: int) -> list[dict[str, Any]]:
-    rows = results["validation"]["rows"]
-    return [found for found in rows if found["ratio"] == ratio and found["group"] in (MAIN, GIFTS)]
+    """Rows of the first two groups that have a curve."""
+    rows = [found for found in results["validation"]["rows"] if found["group"] in (MAIN, GIFTS)]
+    return [found for found in rows if found["ratio"] == ratio and len(found["ends"]) > 1]
 
 
 def _curves(results: Results):
@@ -84,7 +85,7 @@ def _undecayed(results: Results):
         apart = [value - float(np.interp(step, steps, losses)) for step, value in zip(x, y, strict=True)]
         panels[0, 0].plot(x, apart, color=COLOURS[i % len(COLOURS)], lw=1.3, label=found["title"])
     panels[0, 0].set_xlabel("steps, learning rate not decayed")
-    panels[0, 0].set_ylabel("training loss minus BASELINE's\n(nats a token; of chosen rows where rows are chosen)")
+    panels[0, 0].set_ylabel("training loss minus BASELINE's\n(nats a token)")
     panels[0, 0].set_ylim(-0.6, 0.3)
     panels[0, 0].legend(fontsize=8)
     return figure
@@ -124,7 +125,7 @@ def _time(results: Results):
 
 
 def _sweeps(results: Results):
-    """What each setting of SALT gives, one seed: one panel a key."""
+    """What each setting of SALT, and growth's noise, gives with one seed: one panel a key."""
     salt = row(results, "salt", part="validation")
     if not salt:
         return None
@@ -134,19 +135,31 @@ def _sweeps(results: Results):
         ),
         "w": _points(results, "w-", salt, 0.667),
         "temperature": _points(results, "tau-", salt, 1.0),
-        "helper's FLOPs, part of the student's": _sizes(results, salt),
+        "small LM's FLOPs an update, part of the student's": _sizes(results, salt),
+        "small LM's steps, part of the student's": [
+            (1.0, _value(salt)),
+            *_rows_at(results, ("size-half", 0.5), ("salt-quarter", 0.25), ("salt-eighth", 0.125)),
+        ],
     }
+    grown = row(results, "grow", part="validation")
+    if grown:
+        kinds["noise of growth"] = _points(results, "grow-noise-", grown, 1.0)
     kinds = {name: found for name, found in kinds.items() if len(found) > 1}
     if not kinds:
         return None
-    figure, panels = plots.new_figure(1, len(kinds), (3.6 * len(kinds), 3.2), sharey=True)
-    for panel, (name, found) in zip(panels[0], kinds.items(), strict=True):
+    columns = min(4, len(kinds))
+    lines = math.ceil(len(kinds) / columns)
+    figure, panels = plots.new_figure(lines, columns, (3.4 * columns, 3.0 * lines), sharey=True)
+    shown, spare = list(panels.flat)[: len(kinds)], list(panels.flat)[len(kinds) :]
+    for panel in spare:
+        panel.set_visible(False)
+    for panel, (name, found) in zip(shown, kinds.items(), strict=True):
         panel.plot(*zip(*sorted(found), strict=True), marker="o", color=COLOURS[1], lw=1.4)
         panel.set_xlabel(name)
-        if name == "temperature":
+        if name in ("temperature", "noise of growth"):
             panel.set_xscale("log", base=2)
     base = row(results, "baseline", part="validation")
-    for panel in panels[0]:
+    for panel in shown:
         panel.axhline(last(base)["measures"][PRIMARY]["seeds"][0], color=COLOURS[0], ls="--", lw=1.0, label="BASELINE")
     panels[0, 0].legend()
     panels[0, 0].set_ylabel("bits a byte, one seed, all steps")
@@ -163,15 +176,15 @@ def _points(results: Results, prefix: str, salt: dict[str, Any], at: Any, *other
     found = [(start, _value(salt))]
     found += [(float(one["key"].removeprefix(prefix)), _value(one)) for one in results["validation"]["rows"]
               if one["key"].startswith(prefix) and one["ratio"] == salt["ratio"]]  # fmt: skip
-    there = [(row(results, key, part="validation"), x) for key, x in others]
-    return found + [(x, _value(one)) for one, x in there if one]
+    return found + _rows_at(results, *others)
+
+
+def _rows_at(results: Results, *rows: tuple[str, float]) -> list[tuple[float, float]]:
+    """(setting, bits a byte) of those rows that are there."""
+    return [(x, _value(one)) for key, x in rows if (one := row(results, key, part="validation"))]
 
 
 def _sizes(results: Results, salt: dict[str, Any]) -> Sequence[tuple[float, float]]:
     relative = results["setting"]["relative"]
-    found = [(relative["small"], _value(salt))]
-    for name in ("tiny", "medium", "equal"):
-        one = row(results, f"size-{name}", part="validation")
-        if one:
-            found.append((relative[name], _value(one)))
-    return found
+    others = _rows_at(results, *((f"size-{name}", relative[name]) for name in ("tiny", "medium", "equal")))
+    return [(relative["small"], _value(salt)), *others]
