@@ -313,7 +313,7 @@ def test_the_list_has_a_line_a_row_and_says_what_is_dropped(evidence, setting):
         job.key for job in jobs[:120] if job.row)]  # fmt: skip
     hours = [float(line.split()[0]) for line in lines]
     assert hours == sorted(hours)
-    assert lines[0].endswith(f"{jobs[0].key}, ratio {ratio}, seeds 200: 1 runs, {jobs[0].steps:,} updates")
+    assert lines[0].endswith(f"{jobs[0].key}, ratio {ratio}, seeds 250: 1 runs, {jobs[0].steps:,} updates")
     salt = next(line for line in lines if " salt, " in line)
     runs = [job for job in jobs[:120] if job.key in ("salt", "helper-small") and job.seed < 100]
     updates = sum(job.steps - job.first for job in runs)
