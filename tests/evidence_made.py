@@ -82,7 +82,9 @@ def write_corpus(out: Path) -> None:
     folder = out / "corpus"
     folder.mkdir(parents=True)
     counts = {name: {"documents": 9, "bytes": count} for name, count in TRAIN_BYTES.items()}
-    note = {"parts": {"train": counts}, "split": {"unseen": UNSEEN}, "files": [["a.jsonl", 4]]}
+    held = {name: {"documents": DOCUMENTS, "bytes": 1} for name in DOMAINS}
+    parts = {"train": counts, "validation": held, "test": held}
+    note = {"parts": parts, "split": {"unseen": UNSEEN}, "files": [["a.jsonl", 4]]}
     (folder / "corpus.json").write_text(json.dumps(note))
     count = len(DOMAINS) * DOCUMENTS
     facts = {

@@ -172,7 +172,9 @@ def test_an_interval_has_the_spread_of_both_and_one_seed_has_none(evidence):
 def point(evidence, steps, flops, value, helper=0.0, replicates=200, noise=0.0, seed=0, key="x"):
     draws = value + noise * np.random.default_rng(seed).normal(size=replicates + 1) * (np.arange(replicates + 1) > 0)
     row = evidence.matrix.Row(key, key.title(), "main", "salt")
-    return evidence.points.Point(row, seed, steps, "", flops, helper, {}, 0.0, 0.0, None, 0, {"bits_per_byte": draws})
+    return evidence.points.Point(
+        row, seed, steps, "", flops, helper, {}, 0.0, 0.0, 1.0, None, 0, {"bits_per_byte": draws}
+    )
 
 
 def curve(evidence, values, *, per_step=1.0, helper=0.0, steps=(40, 70, 100), **more):
@@ -241,7 +243,7 @@ def test_detectable_difference_is_that_of_baselines_own_spread(evidence, compare
     values = rng.normal(size=freedom + 1)
     base = {seed: curve(evidence, (9.0, 9.0, value)) for seed, value in enumerate(values)}
     for others in (3, 5):
-        expected = sum(QUANTILES[freedom]) * statistics.stdev(values) * math.sqrt(1 / len(values) + 1 / others)
+        expected = sum(QUANTILES[freedom]) * statistics.stdev(values) * math.sqrt(2 / others)
         assert compare.detectable(base, 100, "bits_per_byte", others) == pytest.approx(expected, rel=1e-3)
     assert compare.detectable(base, 70, "bits_per_byte", 3) == 0
     assert compare.detectable({0: base[0]}, 100, "bits_per_byte", 3) is None
@@ -251,7 +253,7 @@ def test_detectable_difference_is_that_of_baselines_own_spread(evidence, compare
 def test_detectable_difference_with_many_seeds_is_a_little_too_large_and_never_too_small(evidence, compare):
     for freedom, quantiles in MORE.items():
         base = {seed: curve(evidence, (9.0, 9.0, float(seed))) for seed in range(freedom + 1)}
-        spread = statistics.stdev(range(freedom + 1)) * math.sqrt(1 / (freedom + 1) + 1 / 3)
+        spread = statistics.stdev(range(freedom + 1)) * math.sqrt(2 / 3)
         assert 1 <= compare.detectable(base, 100, "bits_per_byte", 3) / (sum(quantiles) * spread) < 1.015
 
 
@@ -329,8 +331,15 @@ def test_a_name_changes_nothing_and_exchanged_rows_exchange_the_verdict(evidence
 
 
 def test_seconds_are_updates_times_the_medians_of_their_stages(evidence):
-    row = SimpleNamespace(file="salt")
-    one = SimpleNamespace(row=row, stages={"assisted": 20, "plain": 80})
-    seconds = {"plain": 0.1, "salt/assisted": 0.3, "rkd/assisted": 9.0}
-    assert evidence.timing.seconds_of(one, seconds) == pytest.approx(20 * 0.3 + 80 * 0.1)
-    assert evidence.timing.seconds_of(SimpleNamespace(row=row, stages={"selecting": 1}), seconds) is None
+    def seconds_of(group="main", stages=None, share=0.0, helper_flops=7.0, **overrides):
+        row = SimpleNamespace(file="salt", group=group, overrides=overrides)
+        point = SimpleNamespace(row=row, stages=stages or {"assisted": 20, "plain": 80}, helper_flops=helper_flops)
+        medians = {"plain": 0.1, "salt/assisted": 0.3, "rkd/assisted": 9.0, "small_lm": 0.05}
+        return evidence.timing.seconds_of(point, medians, share, 100)
+
+    assert seconds_of() == pytest.approx(20 * 0.3 + 80 * 0.1)
+    assert seconds_of(share=1.0) == pytest.approx(20 * 0.3 + 80 * 0.1 + 100 * 0.05)
+    assert seconds_of(share=1.0, helper_flops=0.0) == seconds_of()
+    assert seconds_of(stages={"selecting": 1}) is None
+    assert seconds_of("controls") is None  # its teacher may cost something else
+    assert seconds_of(**{"select.list": "x"}) is None  # whose scoring was not timed

@@ -289,24 +289,24 @@ def test_tokens_a_parameter(evidence, setting):
 
 def test_time_goes_by_rank_and_what_needs_a_dropped_job_is_dropped(evidence, setting):
     jobs = evidence.planning.plan(setting)[:60]
-    seconds = [evidence.planning.seconds_of(setting, job) for job in jobs]
+    seconds = [evidence.choosing.seconds_of(setting, job) for job in jobs]
     hours = sum(seconds[:25]) / 2 / 3600 + 1e-9
-    kept, dropped = evidence.planning.within(setting, jobs, hours, 2)
+    kept, dropped = evidence.choosing.within(setting, jobs, hours, 2)
     assert kept == jobs[:25] and dropped == jobs[25:]
-    assert evidence.planning.within(setting, jobs, 0, 2) == (jobs, [])
+    assert evidence.choosing.within(setting, jobs, 0, 2) == (jobs, [])
     first = next(job for job in jobs if not job.row)  # a small LM of no cost, but too late
     late = [dataclasses.replace(job, cost=0.0) if job is not first else job for job in jobs]
     late = [job for job in late if job is not first and first.path in job.needs]
     free = dataclasses.replace(setting.tier, overhead=0.0)
     one = evidence.planning.Setting(OUT, free)
     dear = dataclasses.replace(first, cost=3600 * free.flops * 2)
-    kept, dropped = evidence.planning.within(one, [*late[:1], dear, *late], 1, 1)
+    kept, dropped = evidence.choosing.within(one, [*late[:1], dear, *late], 1, 1)
     assert kept == late[:1] and dropped == [dear, *late]
 
 
 def test_the_list_has_a_line_a_row_and_says_what_is_dropped(evidence, setting):
     jobs = evidence.planning.plan(setting)[:160]
-    text = evidence.planning.describe(setting, jobs[:120], jobs[120:], 2)
+    text = evidence.choosing.describe(setting, jobs[:120], jobs[120:], 2)
     *lines, there, gone = text.splitlines()
     ratio = setting.tier.ratios[0]
     assert [line.split()[2] for line in lines] == [f"{key}," for key in dict.fromkeys(
@@ -321,23 +321,29 @@ def test_the_list_has_a_line_a_row_and_says_what_is_dropped(evidence, setting):
     assert there.startswith("120 jobs, about ")
     for job in jobs[120:]:
         assert f"{job.key}, ratio {job.ratio}" in gone
-    hours = sum(evidence.planning.seconds_of(setting, job) for job in jobs) / 2 / 3600
+    hours = sum(evidence.choosing.seconds_of(setting, job) for job in jobs) / 2 / 3600
     assert f"dropped, 40 jobs (all would take {hours:.1f} hours)" in gone
-    assert "dropped" not in evidence.planning.describe(setting, jobs, [], 1)
+    assert "dropped" not in evidence.choosing.describe(setting, jobs, [], 1)
 
 
 def test_only_brings_what_it_needs(evidence, jobs):
-    only = evidence.planning.only
+    only = evidence.choosing.only
     chosen = only(jobs, "row=same_share")
-    assert {job.kind for job in chosen} == {"train", "list", "score"} and len(chosen) == 3 * (1 + 3 + 6)
-    assert {job.key for job in chosen} == {"same_share", "helper-small", "scores", "top", "share"}
+    assert {job.kind for job in chosen} == {"train", "list", "score"}
+    beside = {"baseline", "cutter", "salt_ds_offline"}  # without which there is no page
+    assert {job.key for job in chosen} == beside | {"same_share", "helper-small", "scores", "top", "share"}
+    assert len(chosen) == 3 * (1 + 3 + 6 + 6 + 9) + 1
     assert [job for job in jobs if job in chosen] == chosen
-    assert {job.row.group for job in only(jobs, "group=grid") if job.row} == {"grid"}
-    assert {job.seed for job in only(jobs, "seed=101")} == {101}
+    assert {job.row.group for job in only(jobs, "group=grid") if job.row} == {"grid", "buckets"}
+    cutter = next(job for job in jobs if job.key == "cutter")
+    assert {job.seed for job in only(jobs, "seed=101")} == {101, cutter.seed}
+    few = only(jobs, f"row=salt,part=validation,seed=1,ratio={jobs[0].ratio}")
+    assert {(job.key, job.seed) for job in few if job != cutter} == {("salt", 1), ("helper-small", 1), ("baseline", 1)}
+    assert not any(job.row and job.row.test for job in few)
     assert {job.ratio for job in only(jobs, f"ratio={jobs[0].ratio}")} == {jobs[0].ratio}
     tuned = only(jobs, "row=tuned-salt")
-    assert {job.key for job in tuned} == {"tuned-salt", "salt", "helper-small"}
-    for words in ("seed=7777", "seed", "sed=1", "row=salty"):
+    assert {job.key for job in tuned} == {"tuned-salt", "tuned-baseline", "salt", "baseline", "helper-small", "cutter"}
+    for words in ("seed=7777", "seed", "sed=1", "row=salty", "row=salt,seed=100,part=validation", "row=salt seed=1"):
         with pytest.raises(UserError, match=f"--only={words}") as error:
             only(jobs, words)
         assert "\n" not in str(error.value)

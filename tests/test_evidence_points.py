@@ -289,7 +289,7 @@ def test_detectable_difference_is_of_baselines_seeds(results):
         assert end["detectable"]["bits_per_byte"] == pytest.approx(expected)
         assert "equal_flops" not in end
     salt = row_of(results, "salt-40")["ends"][-1]["equal_steps"]["bits_per_byte"]
-    assert salt["detectable"] == pytest.approx((4.303 + 1.061) * deviation * math.sqrt(1 / 3 + 1))
+    assert salt["detectable"] == pytest.approx((4.303 + 1.061) * deviation * math.sqrt(2))
 
 
 def test_cost_to_baselines_quality(results):
@@ -324,7 +324,7 @@ def test_against_baseline_of_twice_the_steps_and_against_the_pair(results):
 def test_epochs_tokens_and_models_are_counted(results):
     for row in results["validation"]["rows"]:
         for end in row["ends"]:
-            assert end["epochs"] == pytest.approx(16 * end["steps"] / evidence_made.TRAIN_ROWS)
+            assert end["epochs"] == 1 and end["read"] == pytest.approx(16 * end["steps"] / evidence_made.TRAIN_ROWS)
             assert end["tokens"] == pytest.approx(2000 * end["steps"])
     models = results["setting"]["updates"]["test"]
     assert models["models"] == 3 * (9 + 6 + 6)

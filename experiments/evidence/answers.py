@@ -1,5 +1,6 @@
 """The questions and what the figures say to them: sentences put together from verdicts, none written for a result."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,32 +8,25 @@ import compare
 import matrix
 from compare import BETTER, CHARGED, WORSE
 from measures import EQUAL, PRIMARY, UNSEEN
+from tables import Results, Row, last, relative
 
-Results = dict[str, Any]
-Row = dict[str, Any]
-BRIEF = "salt-eighth"  # the row of the method that was found here
+METHODS = ("salt", *matrix.FOUND, "rkd", "grow", "grow_salt", "let", "salt_ds", "salt_ds_offline")
 
 
 def markdown(results: Results) -> str:
     """The questions that there are figures for, each with its answer."""
     found = [(question, answer(results)) for question, answer in QUESTIONS]
-    return "## What it says, at this scale\n\n" + "\n\n".join(
-        f"**{question}** {text}" for question, text in found if text
-    )
+    return "\n\n".join([
+        "## What it says, at this scale", *(f"**{question}** {text}" for question, text in found if text)
+    ])  # fmt: skip
 
 
-def row(results: Results, key: str, ratio: int = 0, part: str = "") -> Row | None:
-    """A row at the main ratio unless said: on the test part where it is there, else on the validation part."""
-    ratio = ratio or results["setting"]["ratios"][0]
-    for where in [part] if part else ["test", "validation"]:
-        for found in results.get(where, {}).get("rows", []):
-            if (found["key"], found["ratio"]) == (key, ratio):
-                return found | {"part": where}
+def row(results: Results, key: str, part: str = "validation") -> Row | None:
+    """A row of the main ratio."""
+    for found in results.get(part, {}).get("rows", []):
+        if (found["key"], found["ratio"]) == (key, results["setting"]["ratios"][0]):
+            return found | {"part": part}
     return None
-
-
-def last(found: Row) -> dict[str, Any]:
-    return next(end for end in found["ends"] if end["steps"] == found["steps"])
 
 
 def said(apart: dict[str, Any] | None) -> str:
@@ -49,13 +43,35 @@ def _listed(first: str, texts: Sequence[str]) -> str:
     return first + "\n\n" + "\n".join(f"- {text}" for text in texts) if texts else ""
 
 
-def _rows(results: Results, keys: Sequence[str], part: str = "") -> list[Row]:
-    return [found for key in keys if (found := row(results, key, part=part))]
+def _rows(results: Results, keys: Sequence[str]) -> list[Row]:
+    return [found for key in keys if (found := row(results, key))]
+
+
+def _judged(results: Results) -> list[Row]:
+    """The methods: on the test part where they are there, else on the validation part."""
+    return [found for key in METHODS if (found := row(results, key, "test") or row(results, key))]
+
+
+def _short(results: Results) -> str:
+    rows = _judged(results)
+    if not rows:
+        return ""
+    ways = {"at equal steps": lambda end: end["equal_steps"]}
+    for share, words in CHARGED.items():
+        ways[f"at equal FLOPs, the small LM's training {words}"] = lambda end, share=share: end["equal_flops"][share]
+    texts = []
+    for words, of in ways.items():
+        verdicts = {found["title"]: of(last(found))[PRIMARY]["verdict"] for found in rows}
+        sides = [(verdict, [title for title, its in verdicts.items() if its == verdict]) for verdict in (BETTER, WORSE)]
+        texts.append(f"{words}: " + ", ".join(f"{verdict} {'; '.join(titles) or 'none'}" for verdict, titles in sides))
+    part = "test part" if any(found["part"] == "test" for found in rows) else "validation part"
+    return _listed(f"Against BASELINE, on the {part} where it has been measured there; all others are not resolved:",
+                   texts)  # fmt: skip
 
 
 def _primary(results: Results) -> str:
     texts = []
-    for found in _rows(results, ("salt", BRIEF, "rkd", "grow", "grow_salt", "let", "salt_ds", "salt_ds_offline")):
+    for found in _judged(results):
         at = last(found)["equal_flops"]
         where = "test" if found["part"] == "test" else "validation only, not confirmed"
         texts.append(f"{found['title']} ({where}): in full {said(at['full'][PRIMARY])}, shared by 10 "
@@ -67,7 +83,7 @@ def _primary(results: Results) -> str:
 
 def _earlier(results: Results) -> str:
     texts = []
-    for found in _rows(results, ("salt", BRIEF, "rkd", "grow", "grow_salt", "let", "salt_ds", "salt_ds_offline")):
+    for found in _rows(results, METHODS):
         reached = found.get("to_quality")
         if not reached:
             continue
@@ -75,21 +91,12 @@ def _earlier(results: Results) -> str:
             texts.append(f"{found['title']}: never")
             continue
         words = {"steps": "of its steps", "flops_free": "of its FLOPs with the small LM's training left out",
-                 "flops_full": "in full", "seconds": "of its seconds"}  # fmt: skip
+                 "flops_full": "of its FLOPs in full", "seconds_free": "of its seconds, left out",
+                 "seconds_full": "of its seconds in full"}  # fmt: skip
         texts.append(f"{found['title']}: " + ", ".join(
-            f"{part(reached[name])} {text}" for name, text in words.items() if name in reached
+            f"{relative(reached[name])} {text}" for name, text in words.items() if name in reached
         ))  # fmt: skip
-    return _listed("BASELINE's quality at all of its steps is reached at", texts)
-
-
-def part(found: dict[str, Any]) -> str:
-    """A cost as a part of BASELINE's, with its interval; `≤`: the first model is as good already."""
-    if found["where"] == "never":
-        return "never"
-    text = ("≤ " if found["where"] == "before" else "") + f"{found['mean']:.2f}"
-    if found["interval"]:
-        text += " [{}, {}]".format(*("never" if x is None else f"{x:.2f}" for x in found["interval"]))
-    return text
+    return _listed("On the validation part BASELINE's quality at all of its steps is reached at", texts)
 
 
 def _where(results: Results) -> str:
@@ -107,7 +114,7 @@ def _where(results: Results) -> str:
         unseen = last(found)["equal_steps"].get(UNSEEN)
         texts[-1] += (f"; on the domain never trained on it is {said(unseen)}, in the mean of domains "
                       f"{said(last(found)['equal_steps'][EQUAL])}")  # fmt: skip
-    return _listed("At equal steps:", texts)
+    return _listed("At equal steps, on the validation part:", texts)
 
 
 def _name(measure: str) -> str:
@@ -116,17 +123,19 @@ def _name(measure: str) -> str:
 
 
 def _explored(results: Results, keys: Sequence[str], what: str, beside: str = "salt") -> str:
-    """Exploratory rows and the row `beside` them at the same seed, best first; no verdict is made of one seed."""
-    first, found = row(results, beside, part="validation"), _rows(results, keys, "validation")
+    """Exploratory rows minus the row `beside` them, over the seeds that both have; no verdict is made of one seed."""
+    first, found = row(results, beside), _rows(results, keys)
     if not first or not found:
         return ""
-    seed = found[0]["seeds"][0]
-    values = {one["title"]: _at_seed(one, seed) for one in [first, *found] if seed in one["seeds"]}
-    ranked = ", ".join(f"{title} {value:.4f}" for title, value in sorted(values.items(), key=lambda item: item[1]))
-    base = row(results, "baseline", part="validation")
-    limit = compare.of_spread(last(base)["measures"][PRIMARY]["seeds"], 1)
-    spread = f", and differences below {limit:.4f} are noise" if limit else ""
-    return f"{what}, bits a byte of one seed, best first: {ranked}. Exploratory: one seed{spread}."
+    told = []
+    for one in found:
+        seeds = [seed for seed in one["seeds"] if seed in first["seeds"]]
+        apart = statistics.fmean(_at_seed(one, seed) - _at_seed(first, seed) for seed in seeds) if seeds else None
+        told += [(apart, f"{one['title']} {apart:+.4f}" + f" ({len(seeds)} seeds)" * (len(seeds) > 1))] if seeds else []
+    spread = last(row(results, "baseline"))["measures"][PRIMARY]["seeds"]
+    limit = compare.of_spread(spread, 1)
+    least = f", where nothing below {limit:.4f} is resolved" if limit else ""
+    return f"{what}, minus {first['title']} of the same seed{least}: {', '.join(text for _, text in sorted(told))}."
 
 
 def _at_seed(found: Row, seed: int) -> float:
@@ -136,7 +145,7 @@ def _at_seed(found: Row, seed: int) -> float:
 def _leave(results: Results) -> str:
     keys = ("n_kd-0.05", "n_kd-0.1", "n_kd-0.3", "salt-40", "n_kd-0.6", "rkd", "schedule-auto")
     text = _explored(results, keys, "By how long it helps (SALT: 17 %)")
-    auto = row(results, "schedule-auto", part="validation")
+    auto = row(results, "schedule-auto")
     if auto and text:
         switch = auto["switch"][0]
         ended = f"after {switch} updates, {switch / auto['steps']:.0%}" if switch else "never"
@@ -145,16 +154,19 @@ def _leave(results: Results) -> str:
 
 
 def _which(results: Results) -> str:
-    keys = ("size-tiny", "size-medium", "size-equal", "size-half", "salt-quarter", BRIEF)
-    text = _explored(results, keys, "By the small LM (SALT's has 0.3 of the student's parameters)")
+    keys = ("size-tiny", "size-medium", "size-equal", "size-half", "salt-quarter", "salt-eighth")
+    text = _explored(results, keys, "By the small LM (SALT's has 0.3 of the student's parameters, and as many steps)")
     measured = []
-    for found in _rows(results, ("salt", *keys), "validation"):
-        seeds = last(found)["equal_flops"]["full"][PRIMARY]["seeds"]
-        measured += [(seeds[found["seeds"].index(0)], found["title"])] if seeds and 0 in found["seeds"] else []
-    if text and measured:
-        text += (" With its training charged in full, minus BASELINE at equal FLOPs, of the same seed: "
-                 + ", ".join(f"{title} {value:+.4f}" for value, title in sorted(measured)) + ".")  # fmt: skip
-    return text
+    for found in _rows(results, ("salt", *keys)):
+        apart = last(found)["equal_flops"]["full"][PRIMARY]
+        if apart["mean"] is not None:
+            measured.append((apart["mean"], f"{found['title']} {said(apart)}"))
+    if not text or not measured:
+        return text
+    first = (
+        "Its training charged in full, minus BASELINE at equal FLOPs (dearer than BASELINE's longest run: not there):"
+    )
+    return text + "\n\n" + _listed(first, [words for _, words in sorted(measured)])
 
 
 def _selection(results: Results) -> str:
@@ -163,39 +175,48 @@ def _selection(results: Results) -> str:
         at = last(found)
         texts.append(f"{found['title']} at equal steps {said(at['equal_steps'][PRIMARY])}, with its scoring counted "
                      f"(training of the small LM left out) {said(at['equal_flops']['free'][PRIMARY])}")  # fmt: skip
+        if found.get("against_pair"):
+            texts[-1] += (
+                f", against {row(results, found['pair'])['title']} at equal steps {said(found['against_pair'])}"
+            )
         if "scored" in found:
             s = found["scored"]
             texts[-1] += (f" ({s['zero']:.0%} of its candidates scored exactly 0, and {s['filled']} of {s['updates']} "
                           "updates had to take some of those)")  # fmt: skip
     for found in _rows(results, ("random", "same_share", "unseen")):
         if found.get("against_pair"):
-            texts.append(f"{found['title']} against its pair {said(found['against_pair'])}")
-    return _listed("Bits a byte minus BASELINE's:", texts)
+            pair = row(results, found["pair"])
+            texts.append(f"{found['title']} against {pair['title']} {said(found['against_pair'])}")
+    return _listed("On the validation part, bits a byte minus BASELINE's:", texts)
 
 
 def _growth(results: Results) -> str:
-    grown, both = row(results, "grow", part="validation"), row(results, "grow_salt", part="validation")
+    grown, both = row(results, "grow"), row(results, "grow_salt")
     if not grown or not both or not both.get("against_pair"):
         return ""
     text = f"Growth, then SALT against growth alone, at equal steps: {said(both['against_pair'])}."
     keys = [f"grow-noise-{noise:g}" for noise in matrix.NOISES]
-    return f"{text} {_explored(results, keys, 'By how far clones are pushed apart (growth: 1)', 'grow')}".strip()
+    noises = _explored(results, keys, "By how far clones are pushed apart (1, chosen by this, is growth's own)", "grow")
+    return f"{text} {noises}".strip()
 
 
 def _controls(results: Results) -> str:
-    salt = row(results, "salt", part="validation")
-    rows = _rows(results, ("smoothing", "unigram", "five_gram", "untrained", "small_w"), "validation")
+    salt = row(results, "salt")
+    rows = _rows(results, ("smoothing", "unigram", "five_gram", "five_gram_other", "untrained", "small_w"))
     if not salt or not rows:
         return ""
-    texts = [f"{found['title']} {said(last(found)['equal_steps'][PRIMARY])}" for found in [salt, *rows]]
-    return _listed("Against BASELINE at equal steps:", texts)
+    texts = [f"SALT: {said(last(salt)['equal_steps'][PRIMARY])}"]
+    for found in rows:
+        pair = f"; {said(found['against_pair'])}" if found.get("against_pair") else ""
+        texts.append(f"{found['title']}: {said(last(found)['equal_steps'][PRIMARY])}{pair}")
+    return _listed("At equal steps, against BASELINE; and against SALT of the same seeds:", texts)
 
 
 def _data(results: Results) -> str:
     texts = [
         f"{found['title']}: against BASELINE at equal steps {said(last(found)['equal_steps'][PRIMARY])}, against "
         f"BASELINE of twice the steps, given the helper's tokens, {said(found.get('against_longest'))}"
-        for found in _rows(results, ("salt_disjoint", "salt_more"), "validation")
+        for found in _rows(results, ("salt_disjoint", "salt_more"))
     ]
     return _listed("Beside SALT, whose small LM has read the same rows:", texts)
 
@@ -204,18 +225,18 @@ def _adaptive(results: Results) -> str:
     texts = []
     for found in results["validation"]["rows"]:
         if found["group"] == "adaptive" and found.get("against_pair"):
-            at = found["against_pair_flops"]["full"]
+            at = last(found)["equal_flops"]["full"][PRIMARY]
             texts.append(f"{found['title']}: {said(found['against_pair'])}; in full {said(at)}")
-    text = _listed("Against SALT, on the seeds that choices are made on, at equal steps, and at equal FLOPs with the "
-                   "small LM's training charged in full:", texts)  # fmt: skip
-    fresh = row(results, BRIEF, part="test")
-    if not text or not fresh or not fresh.get("against_pair"):
-        return text
-    at = ", ".join(f"{words} {said(fresh['against_pair_flops'][share])}" for share, words in CHARGED.items())
-    return (
-        f"{text}\n\nOn fresh seeds and the test part, {fresh['title']}, against SALT: at equal steps "
-        f"{said(fresh['against_pair'])}, at equal FLOPs {at}."
-    )
+    text = _listed("On the seeds that choices are made on, against SALT at equal steps; and against BASELINE at equal "
+                   "FLOPs, the small LM's training charged in full, without which nothing is won:", texts)  # fmt: skip
+    fresh = [found for key in matrix.FOUND if (found := row(results, key, "test")) and found.get("against_pair")]
+    told = []
+    for found in fresh:
+        end = last(found)
+        told.append(f"{found['title']}: against SALT at equal steps {said(found['against_pair'])}; against BASELINE at "
+                    f"equal steps {said(end['equal_steps'][PRIMARY])}, at equal FLOPs in full "
+                    f"{said(end['equal_flops']['full'][PRIMARY])}")  # fmt: skip
+    return "\n\n".join(filter(None, [text, _listed("The best of them, on fresh seeds and the test part:", told)]))
 
 
 def _tuned(results: Results) -> str:
@@ -228,6 +249,7 @@ def _tuned(results: Results) -> str:
 
 
 QUESTIONS: tuple[tuple[str, Callable[[Results], str]], ...] = (
+    ("In short.", _short),
     ("Does it pay? (the primary endpoint)", _primary),
     ("How much earlier?", _earlier),
     ("Where does it gain and lose?", _where),

@@ -21,6 +21,7 @@ from matrix import BASELINE, GIFTS, GRID, MAIN, Row
 from measures import PRIMARY
 from planning import Job, Setting
 from points import Found, Point
+from tiers import TIERS
 
 BINS = 40  # of the undecayed curve
 ALIKE = ("hardware", "devices", "dtype", "versions", "parameters", "vocabulary_size", "seq_len", "batch_rows")
@@ -55,9 +56,9 @@ def collect(setting: Setting, jobs: Sequence[Job], command: str) -> dict[str, An
 
 
 def _parts(jobs: Sequence[Job]) -> list[str]:
-    """The parts of the held-out text on which something was measured."""
-    tested = any(job.row and job.row.test and work.done(job) for job in jobs)
-    return [corpus.VALIDATION] + [corpus.TEST] * tested
+    """The validation part, and the test part once: when every last model of what is claimed has been measured on it."""
+    claimed = [job for job in jobs if job.row and job.row.test and job.steps >= job.full]
+    return [corpus.VALIDATION] + [corpus.TEST] * (bool(claimed) and all(map(work.done, claimed)))
 
 
 def seeds_of(found: Found, ratio: int, key: str) -> Seeds:
@@ -110,7 +111,8 @@ def _end(found: Found, own: Seeds, base: Seeds, i: int, full: int) -> dict[str, 
         "flops": statistics.fmean(point.flops for point in chosen.values()),
         "helper_flops": statistics.fmean(point.helper_flops for point in chosen.values()),
         "tokens": statistics.fmean(point.tokens for point in chosen.values()),
-        "epochs": statistics.fmean(point.rows for point in chosen.values()) / _train_rows(found),
+        "epochs": statistics.fmean(point.epochs for point in chosen.values()),
+        "read": statistics.fmean(point.rows for point in chosen.values()) / _train_rows(found),
     }
     shared = {seed: points for seed, points in own.items() if seed in base}
     if first.row.key == BASELINE:
@@ -164,8 +166,9 @@ def _to_quality(own: Seeds, base: Seeds, full: int, seconds: dict[str, float] | 
     costs = {"steps": lambda point: float(point.steps)}
     costs |= {f"flops_{share}": lambda point, part=part: point.cost(part) for share, part in SHARES.items()}
     everyone = [point for row in (own, base) for points in row.values() for point in points]
-    if seconds and None not in [timing.seconds_of(point, seconds) for point in everyone]:
-        costs["seconds"] = lambda point: timing.seconds_of(point, seconds)
+    if seconds and None not in [timing.seconds_of(point, seconds, 0.0, full) for point in everyone]:
+        for share, part in SHARES.items():
+            costs[f"seconds_{share}"] = lambda point, part=part: timing.seconds_of(point, seconds, part, full)
     return {name: compare.to_quality(own, base, full, cost) for name, cost in costs.items()}
 
 
@@ -227,6 +230,7 @@ def _setting(setting: Setting, parts: dict[str, Found]) -> dict[str, Any]:
     made = json.loads((Path(setting.out) / "corpus" / "corpus.json").read_text(encoding="utf-8"))
     return {
         "tier": setting.tier.name,
+        "tiers": list(TIERS),
         "ratios": list(setting.tier.ratios),
         "steps": {str(ratio): planning.steps_of(setting, ratio) for ratio in setting.tier.ratios},
         "longer": {str(r): planning.longer(setting, planning.steps_of(setting, r)) for r in setting.tier.ratios},

@@ -80,8 +80,9 @@ def verdict(mean: float, interval: Sequence[float] | None, detectable: float | N
 def detectable(base: Seeds, steps: int, name: str, others: int) -> float | None:
     """The difference of two means over seeds that would be found with 80 % power at the 95 % level, unpaired.
 
-    (t_0.975 + t_0.80) s sqrt(1 / n + 1 / others), s BASELINE's standard deviation over its n seeds, at its models of so
-    many steps, and the other row taken to spread as it does. None with one seed.
+    (t_0.975 + t_0.80) s sqrt(2 / others), s BASELINE's standard deviation over all of its seeds, at its models of so
+    many steps, and the other row, of `others` seeds that BASELINE has too, taken to spread as it does. None where
+    BASELINE has one seed.
     """
     return of_spread([float(p.measures[name][0]) for own in base.values() if (p := at_steps(own, steps))], others)
 
@@ -92,7 +93,7 @@ def of_spread(values: Sequence[float], others: int) -> float | None:
     if n < 2:
         return None
     factor = stats.t_975(n - 1) + T_80[min(n - 1, len(T_80)) - 1]
-    return factor * float(np.std(values, ddof=1)) * math.sqrt(1 / n + 1 / others)
+    return factor * float(np.std(values, ddof=1)) * math.sqrt(2 / others)
 
 
 def to_quality(seeds: Seeds, base: Seeds, steps: int, cost: Callable[[Point], float]) -> dict[str, Any]:

@@ -7,10 +7,9 @@ order of the data of its own, and all rows of a seed share them.
 
 import dataclasses
 import functools
-import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +90,7 @@ class Setting:
     tier: Tier
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tuning: str = ""  # directory with train.jsonl and test.jsonl to fine-tune on
+    seeds_from: int = 0  # added to all seeds
 
     def data(self, part: str) -> str:
         return f"jsonl:{corpus.part_file(Path(self.out) / 'corpus', part)}"
@@ -122,7 +122,7 @@ def plan(setting: Setting, rows: Sequence[Row] | None = None) -> list[Job]:
     """All jobs of the matrix, ranked, each behind those it needs, each once; most curves behind all that is final."""
     found: dict[str, Job] = {}
     for row in matrix.rows(setting.tier, bool(setting.tuning)) if rows is None else rows:
-        for seed in range(row.first_seed, row.first_seed + row.seeds):
+        for seed in range(row.first_seed + setting.seeds_from, row.first_seed + row.seeds + setting.seeds_from):
             for job in of_row(setting, dataclasses.replace(row, ratio=row.ratio or setting.tier.ratios[0]), seed):
                 found.setdefault(job.path, job)
     return sorted(found.values(), key=lambda job: bool(job.trunk) and not matrix.curve_at_once(job.row))
@@ -315,29 +315,6 @@ def _cost(setting: Setting, job: Job) -> float:
     return sizes.tokens * (own + helped * passes * sizes.helpers["small"] / 3)
 
 
-def within(setting: Setting, jobs: Iterable[Job], hours: float, processes: int) -> tuple[list[Job], list[Job]]:
-    """(jobs that fit into so many hours in the order of rank, those that are dropped); what needs a dropped one is too.
-
-    Args:
-      hours: 0 for no limit.
-    """
-    kept, dropped, seconds = [], [], 0.0
-    gone: set[str] = set()
-    for job in jobs:
-        seconds += seconds_of(setting, job) / processes
-        if (hours and seconds > 3600 * hours) or gone & set(job.needs):
-            dropped.append(job)
-            gone.add(job.path)
-        else:
-            kept.append(job)
-    return kept, dropped
-
-
-def seconds_of(setting: Setting, job: Job) -> float:
-    """What a job takes, about, by one process."""
-    return setting.tier.overhead + job.cost / setting.tier.flops
-
-
 def check(setting: Setting) -> None:
     """Raises `UserError` where a key is given that the plan sets itself."""
     own = _own(dataclasses.replace(setting, given={}), setting.tier.ratios[0], 0) | dict(setting.tier.student)
@@ -346,52 +323,3 @@ def check(setting: Setting) -> None:
     for key in setting.given:
         if key in own.keys() - may or key.startswith(("branch.", "assist.", "select.", "grow.", "represent.")):
             raise UserError(f"--{key}: the plan sets it, for each run its own; tiers.py and matrix.py say how")
-
-
-def only(jobs: Sequence[Job], text: str) -> list[Job]:
-    """The jobs that `text` names (`row=KEY`, `group=NAME`, `seed=N`, `ratio=N`), with those they need.
-
-    Raises:
-      UserError: it names none.
-    """
-    field, _, value = text.partition("=")
-    of = {
-        "row": lambda job: job.key,
-        "group": lambda job: job.row.group if job.row else "",
-        "seed": lambda job: str(job.seed),
-        "ratio": lambda job: str(job.ratio),
-    }
-    if field not in of:
-        raise UserError(f"--only={text}: write row=KEY, group=NAME, seed=N or ratio=N")
-    wanted = {job.path for job in jobs if of[field](job) == value}
-    if not wanted:
-        raise UserError(f"--only={text}: no such run is planned; --dry_run lists them")
-    for job in reversed(jobs):  # what is needed stands before
-        if job.path in wanted:
-            wanted.update(job.needs)
-    return [job for job in jobs if job.path in wanted]
-
-
-def describe(setting: Setting, kept: Sequence[Job], dropped: Sequence[Job], processes: int) -> str:
-    """A line a row in the order of rank, small LMs and lists that it needs included; what is dropped; the time.
-
-    The hours of a line are those that have passed when all of it is there.
-    """
-    named, following = [], ""
-    for job in reversed(kept):  # what a row needs stands before it
-        following = job.key if job.row or not following else following
-        named.append((f"{following}, ratio {job.ratio}", job))
-    lines, seconds = [], 0.0
-    for name, group in itertools.groupby(reversed(named), key=lambda pair: pair[0]):
-        jobs = [job for _, job in group]
-        seconds += sum(seconds_of(setting, job) for job in jobs) / processes
-        seeds = ", ".join(map(str, sorted({job.seed for job in jobs})))
-        updates = sum(job.steps - job.first for job in jobs if job.kind == TRAIN)
-        models = sum(job.kind == TRAIN for job in jobs)
-        lines.append(f"{seconds / 3600:6.2f} h  {name}, seeds {seeds}: {models} runs, {updates:,} updates")
-    total = sum(seconds_of(setting, job) for job in (*kept, *dropped)) / processes / 3600
-    lines.append(f"{len(kept)} jobs, about {seconds / 3600:.1f} hours with {processes} process(es)")
-    if dropped:
-        rows = dict.fromkeys(f"{job.key}, ratio {job.ratio}" for job in dropped)
-        lines.append(f"dropped, {len(dropped)} jobs (all would take {total:.1f} hours): {'; '.join(rows)}")
-    return "\n".join(lines)

@@ -10,6 +10,7 @@ from typing import Any
 import corpus
 import measures
 import numpy as np
+import reading
 import work
 from matrix import BUCKETS, TUNED, Row
 from planning import TRAIN, Job, Setting
@@ -28,7 +29,7 @@ class Point:
       flops: of the run from step 0 on, all passes of helpers and the scoring of lists included.
       helper_flops: of training the small LMs that helped, 0 without.
       stages: updates by the name of the compiled step, for seconds.
-      tokens: learnt from; rows: read, candidates included.
+      tokens: learnt from; rows: read, candidates included; epochs: rows learnt from over how many of them are distinct.
       measures: [1 + replicates] bits a byte by name, the first of all documents, the others of those drawn.
     """
 
@@ -41,6 +42,7 @@ class Point:
     stages: dict[str, int]
     tokens: float
     rows: float
+    epochs: float
     switch: int | None
     helper_parameters: int
     measures: dict[str, np.ndarray]
@@ -156,6 +158,7 @@ def _point(job: Job, runs: dict[str, Run], values: dict[str, np.ndarray]) -> Poi
         stages=stages,
         tokens=_total(before, own, "tokens"),
         rows=math.fsum(record.get("candidates", batch) for record in before + own),
+        epochs=batch * job.steps / reading.distinct(run.config, run.facts["train_rows_count"], job.steps),
         switch=run.switch_step if not trunk else (trunk.switch_step or run.switch_step),
         helper_parameters=max((fact["parameters"] for fact in run.helpers.values()), default=0),
         measures=values,

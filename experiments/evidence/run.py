@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import choosing
 import collect
 import corpus
 import page
@@ -52,17 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, rest: list[str], command: str) -> int:
     _check(options)
     given = cli.parse_overrides(rest)
-    setting = Setting(options.out, TIERS[options.tier], given, options.tuning)
+    setting = Setting(options.out, TIERS[options.tier], given, options.tuning, options.seeds_from)
     planning.check(setting)
     jobs = planning.plan(setting)
     if options.collect:  # all that is there, whatever --only says: rows are compared with others
         return _collect(setting, jobs, command, Path(options.page or options.out))
     if options.only:
-        jobs = planning.only(jobs, options.only)
-    kept, dropped = planning.within(setting, [job for job in jobs if not work.done(job)], options.hours,
+        jobs = choosing.only(jobs, ",".join(options.only))
+    kept, dropped = choosing.within(setting, [job for job in jobs if not work.done(job)], options.hours,
                                     options.processes)  # fmt: skip
+    if options.dry_run or options.hours:
+        print(choosing.describe(setting, kept, dropped, options.processes))
     if options.dry_run:
-        print(planning.describe(setting, kept, dropped, options.processes))
         return 0
     if options.time:
         print(timing.measure(setting, jobs, command))
@@ -77,6 +79,8 @@ def _check(options: argparse.Namespace) -> None:
     one_of("--tier", options.tier, TIERS)
     if not 0 <= options.hours < math.inf:
         raise UserError(f"--hours={options.hours:g}: give the hours to plan for, or 0 for all of the matrix")
+    if options.seeds_from < 0:
+        raise UserError(f"--seeds_from={options.seeds_from}: it is added to seeds, so 0 or more")
     if options.processes < 1:
         raise UserError(f"--processes={options.processes}: at least 1 shares the work")
     for name in ("train.jsonl", "test.jsonl") if options.tuning else ():
@@ -107,6 +111,9 @@ def _short(value: Any) -> Any:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
+ONLY = "row=KEY, group=NAME, seed=N, ratio=N, part=NAME, or some with commas: those, and what they need beside them"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -117,8 +124,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tier", default="cpu", help=" | ".join(TIERS))
     parser.add_argument("--hours", type=float, default=0.0, help="time to plan for; 0: all of the matrix")
     parser.add_argument("--processes", type=int, default=1, help="how many shells share the work, for the plan")
+    parser.add_argument("--seeds_from", type=int, default=0, help="added to all seeds: the same with other seeds")
     parser.add_argument("--unseen", default=corpus.Split().unseen, help="the domain that is never trained on")
-    parser.add_argument("--only", default="", help="row=KEY, group=NAME, seed=N or ratio=N: these, and what they need")
+    parser.add_argument(
+        "--only",
+        action="append",
+        help=ONLY,
+    )
     parser.add_argument("--collect", action="store_true", help="write the page from the runs that are there, and stop")
     parser.add_argument("--page", default="", help="with --collect: where the page goes; else into --out")
     parser.add_argument("--time", action="store_true", help="time updates, for seconds: when the machine is quiet")

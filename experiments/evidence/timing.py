@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import planning
 import work
-from matrix import GIFTS, MAIN, STEP_KEYS
+from matrix import CONFIRM, GIFTS, MAIN, STEP_KEYS
 from planning import TRAIN, Job, Setting
 from points import Point
 
@@ -27,7 +27,7 @@ from slm_assist.train import train
 FILE = "seconds.json"
 UPDATES, WARM = 60, 8  # of a short run, half of them with help; the first of each stage are left out
 ROUNDS = 3
-PLAIN = "plain"
+PLAIN, HELPER = "plain", "small_lm"
 
 
 def name_of(file: str, stage: str) -> str:
@@ -35,21 +35,27 @@ def name_of(file: str, stage: str) -> str:
     return stage if stage == PLAIN else f"{file}/{stage}"
 
 
-def seconds_of(point: Point, medians: dict[str, float]) -> float | None:
-    """Seconds of a point's updates; None where a stage was not timed."""
+def seconds_of(point: Point, medians: dict[str, float], share: float, helper_steps: int) -> float | None:
+    """Seconds of a point's updates, and of that share of its small LM's; None where something was not timed.
+
+    Timed are the main methods, with the small LM that they share; not others in the same file (a control's teacher
+    costs something else), nor the scoring of a corpus beforehand.
+    """
     names = {stage: name_of(point.row.file, stage) for stage in point.stages}
-    if not set(names.values()) <= medians.keys():
+    timed = point.row.group in (MAIN, GIFTS, CONFIRM) and "select.list" not in point.row.overrides
+    if not timed or not {*names.values(), HELPER} <= medians.keys():
         return None
-    return sum(count * medians[names[stage]] for stage, count in point.stages.items())
+    helper = share * helper_steps * medians[HELPER] if point.helper_flops else 0.0
+    return helper + sum(count * medians[names[stage]] for stage, count in point.stages.items())
 
 
 def measure(setting: Setting, jobs: Sequence[Job], command: str) -> Path:
-    """Times every main method in turn, `ROUNDS` times over, and writes OUT/seconds.json.
+    """Times every main method and the small LM in turn, `ROUNDS` times over, and writes OUT/seconds.json.
 
     Raises:
       UserError: what the methods need, the first seed's small LM and list, is not there yet.
     """
-    chosen = {job.row.file: job for job in reversed(jobs) if _is_timed(setting, job)}
+    chosen = {job.file: job for job in reversed(jobs) if _is_timed(setting, job)}
     for path in {path for job in chosen.values() for path in job.needs}:
         if not Path(path).exists():
             raise UserError(f"{path}: it is not there yet, and timing needs it; train first")
@@ -57,7 +63,7 @@ def measure(setting: Setting, jobs: Sequence[Job], command: str) -> Path:
     folder = Path(setting.out) / "timing"
     for number, (file, job) in itertools.product(range(ROUNDS), sorted(chosen.items())):
         for stage, seconds in _short_run(job, folder / f"{file}-{number}").items():
-            found[name_of(file, stage)].append(seconds)
+            found[file if file == HELPER else name_of(file, stage)].append(seconds)
     shutil.rmtree(folder)
     result: dict[str, Any] = {
         "command": command, "commit": work.commit(), "rounds": found,
@@ -74,10 +80,9 @@ def read(setting: Setting) -> dict[str, float] | None:
 
 
 def _is_timed(setting: Setting, job: Job) -> bool:
-    return (
-        job.kind == TRAIN and job.row is not None and job.row.group in (MAIN, GIFTS) and not job.first
-        and job.seed == job.row.first_seed and job.ratio == setting.tier.ratios[0]
-    )  # fmt: skip
+    if job.kind != TRAIN or job.first or (job.ratio, job.seed) != (setting.tier.ratios[0], setting.seeds_from):
+        return False
+    return job.row.group in (MAIN, GIFTS) if job.row else job.key == "helper-small"
 
 
 def _short_run(job: Job, path: Path) -> dict[str, float]:
