@@ -157,7 +157,10 @@ def check_section(page: str, results: dict, directory: Path) -> None:
     """The page has every check, the directory every picture."""
     checks = [check for figure in results["figures"] for check in figure["checks"]]
     assert len(re.findall(r"^\| .* \| (?:yes|\*\*no\*\*) \|$", page, re.M)) == len(checks)
-    assert f"{sum(check['agrees'] for check in checks)} of {len(checks)} comparisons agree" in page
+    for words, bound in (("bounds", True), ("agree", False)):
+        kind = [check for check in checks if check["rule"].startswith("at ") == bound]
+        count = f"{sum(check['agrees'] for check in kind)} of {len(kind)} {words}"
+        assert count in page, count
     for check in checks:
         assert math.isfinite(check["predicted"]) and math.isfinite(check["measured"]), check
     for figure in results["figures"]:

@@ -64,9 +64,13 @@ def _short(results: Results) -> str:
         verdicts = {found["title"]: of(last(found))[PRIMARY]["verdict"] for found in rows}
         sides = [(verdict, [title for title, its in verdicts.items() if its == verdict]) for verdict in (BETTER, WORSE)]
         texts.append(f"{words}: " + ", ".join(f"{verdict} {'; '.join(titles) or 'none'}" for verdict, titles in sides))
-    part = "test part" if any(found["part"] == "test" for found in rows) else "validation part"
-    return _listed(f"Against BASELINE, on the {part} where it has been measured there; all others are not resolved:",
-                   texts)  # fmt: skip
+    tested = any(found["part"] == "test" for found in rows)
+    part = (
+        "on the test part, or where the next list says so on the validation part"
+        if tested
+        else "on the validation part"
+    )
+    return _listed(f"Of {len(rows)} methods, against BASELINE, {part}; what is not named is not resolved:", texts)
 
 
 def _primary(results: Results) -> str:

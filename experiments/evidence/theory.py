@@ -104,6 +104,8 @@ def _finite(value: Any) -> Any:
 def markdown(results: dict[str, Any]) -> str:
     """The section of the evidence page: of each figure what the theorem predicts, what was measured, the verdict."""
     lines = [check for figure in results["figures"] for check in figure["checks"]]
+    held = [check for check in lines if check["rule"] in SIGNS]
+    predicted = [check for check in lines if check["rule"] not in SIGNS]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     parts = [
         "## Theory",
@@ -111,9 +113,9 @@ def markdown(results: dict[str, Any]) -> str:
         "not estimated; only rows are drawn. Intervals are of 95 %. `agrees` follows from the numbers: the interval "
         "contains the prediction (=), lies on its side of it (≤, ≥), or the measurement is within a stated share (≈). "
         "Of what is right, one in twenty of the first kind disagrees by chance.",
-        f"{sum(check['agrees'] for check in lines)} of {len(lines)} comparisons agree. `{results['command']}`, commit "
-        f"{results['commit'] or 'unknown'}, {results['seconds']:g} s on {results['cores']} core(s); {versions}; seed "
-        f"{results['seed']}.",
+        f"{_agree(held)} bounds (≤, ≥), many of them loose, hold; of what is predicted (=, ≈) {_agree(predicted)} "
+        f"agree. `{results['command']}`, commit {results['commit'] or 'unknown'}, {results['seconds']:g} s on "
+        f"{results['cores']} core(s); {versions}; seed {results['seed']}.",
     ]
     for figure in results["figures"]:
         parts += [f"### {figure['title']}", f"Predicted: {figure['predicts']}. Drawn: {figure['drawn']}.",
@@ -124,6 +126,10 @@ def markdown(results: dict[str, Any]) -> str:
         if figure["name"] == "coverage":
             parts.insert(-1, _terms(figure["data"]))
     return "\n\n".join(parts) + "\n"
+
+
+def _agree(checks: Sequence[dict[str, Any]]) -> str:
+    return f"{sum(check['agrees'] for check in checks)} of {len(checks)}"
 
 
 def _row(check: dict[str, Any]) -> tuple[str, ...]:
@@ -149,10 +155,13 @@ def _terms(data: dict[str, Any]) -> str:
                 rows.append((item["words"], f"{weight:g}", number(terms["bias"]), " + ".join(map(number, variance)),
                              number(terms["remainder"]), number(terms["total"]), number(item["truth"][i])))  # fmt: skip
     n, members = max(data["bounds"][0]["rows"]), data["members"]
+    totals = [terms["total"] for item in data["bounds"] for terms in item["terms"]]
+    empty = sum(total > data["log_vocab"] for total in totals)
     header = ("bound", "w", "bias", "variance", "remainder", "total", "truth, 95 % quantile")
     return (f"Every term at N = {n} rows, in nats a token; |Theta| = {members}, M = {data['largest_loss']:.3f} and TV "
             f"= {data['total_variation']:.4f} are computed, delta = {data['delta']:g}. ln V, what guessing costs, is "
-            f"{data['log_vocab']:.2f}: a bound above it says nothing.\n\n" + _table(header, rows))  # fmt: skip
+            f"{data['log_vocab']:.2f}: a bound above it says nothing, as do {empty} of {len(totals)} (all forms, w and "
+            "N).\n\n" + _table(header, rows))  # fmt: skip
 
 
 def _table(header: Sequence[str], rows) -> str:
