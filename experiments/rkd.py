@@ -5,7 +5,8 @@
 The paper's second baseline: early it is ahead, at the end the small LM holds the large one back.
 
 In the quickstart (240 steps): 4.181 nats a token against BASELINE's 4.100, at 1.12 of its FLOPs. See
-experiments/results/quickstart/. With 20 tokens a parameter 0.20 bits a byte worse than BASELINE (experiments/evidence/).
+experiments/results/quickstart/. With 20 tokens a parameter 0.20 bits a byte worse than BASELINE:
+experiments/evidence/.
 """
 
 OVERRIDES = {
