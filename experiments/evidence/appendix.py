@@ -1,5 +1,6 @@
 """The page's sections beside the comparisons: how it was measured, what each row stands on, what is not here."""
 
+import re
 from typing import Any
 
 from measures import PRIMARY
@@ -46,6 +47,8 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("weights of the measure", f"{weighed}; in brackets documents of the validation part"),
         ("models compared", "; ".join(f"{u['models']:,} on {part}, {u['updates']:,} updates"
                                       for part, u in s["updates"].items())),
+        *([("trained twice", f"{again['models']} models, for an earlier page and again since: their bits a byte "
+                             f"differ by at most {again['largest']:.2g}")] if (again := results.get("again")) else []),
     ]  # fmt: skip
 
 
@@ -130,7 +133,7 @@ def stands_on(results: Results) -> str:
 
 def runs(results: Results) -> str:
     """How each row was made, and is made again."""
-    command = results["command"].replace(" --collect", "")
+    command = re.sub(r" --(collect|(page|earlier)[= ]\S+)", "", results["command"])
     found = [
         (row["title"], f"`--only=row={row['key']},part={part},ratio={row['ratio']}`",
          ", ".join(row["runs"]["commits"]), str(row["runs"]["count"]), f"{row['runs']['seconds'] / 60:.0f}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import compare
 import corpus
+import earlier
 import measures
 import numpy as np
 import planning
@@ -17,32 +18,33 @@ import timing
 import tuned
 import work
 from compare import SHARES, Seeds
-from matrix import BASELINE, GIFTS, GRID, MAIN, Row
+from matrix import BASELINE, BUCKETS, GIFTS, GRID, MAIN, Row
 from measures import PRIMARY
 from planning import Job, Setting
 from points import Found, Point
+from tables import Results
 from tiers import TIERS
 
 BINS = 40  # of the undecayed curve
 ALIKE = ("hardware", "devices", "dtype", "versions", "parameters", "vocabulary_size", "seq_len", "batch_rows")
 
 
-def collect(setting: Setting, jobs: Sequence[Job], command: str) -> dict[str, Any]:
+def collect(setting: Setting, jobs: Sequence[Job], command: str, before: Results | None = None) -> Results:
     """Every figure of the measurement, as JSON has it.
+
+    Args:
+      before: results whose rows stay where the runs at hand do not go beyond them.
 
     Raises:
       UserError: nothing to collect, or runs that cannot be compared.
     """
     parts = {part: points.read(setting, jobs, part) for part in _parts(jobs)}
-    seconds = timing.read(setting)
-    results: dict[str, Any] = {"command": command, "setting": _setting(setting, parts), "seconds": seconds}
+    seconds = timing.read(setting) or (before or {}).get("seconds")
+    results: Results = {"command": command, "setting": _setting(setting, parts), "seconds": seconds}
     for part, found in parts.items():
         results[part] = {
             "rows": [_row(setting, found, ratio, row, seconds) for (ratio, _), row in found.rows.items()
-                     if row.group != GRID and found.seeds(ratio, row.key)],
-            "missing": [{"ratio": ratio, "row": key, "title": found.rows[ratio, key].title, "seeds": seeds,
-                         "models": models, "planned": found.rows[ratio, key].seeds}
-                        for (ratio, key), (seeds, models) in found.missing.items()],
+                     if row.group != GRID and found.seeds(ratio, row.key)]
         }  # fmt: skip
     results["tuned"] = tuned.collect(jobs)
     validation = parts[corpus.VALIDATION]
@@ -52,7 +54,47 @@ def collect(setting: Setting, jobs: Sequence[Job], command: str) -> dict[str, An
          PRIMARY: _values(seeds_of(validation, ratio, row.key), -1, PRIMARY)["mean"]}
         for (ratio, _), row in validation.rows.items() if row.group == GRID and validation.seeds(ratio, row.key)
     ]  # fmt: skip
+    if before:
+        earlier.join(results, before)
+    _count(results, jobs)
     return results
+
+
+def _count(results: Results, jobs: Sequence[Job]) -> None:
+    """In the plan's order, what there is; what is planned and not there; and how much was trained for it."""
+    order = {(job.ratio, job.key): i for i, job in reversed(list(enumerate(jobs)))}
+    updates = results["setting"]["updates"] = {}
+    for part in (corpus.VALIDATION, corpus.TEST):
+        if part not in results:
+            continue
+        rows = results[part]["rows"]
+        rows.sort(key=lambda row: order.get((row["ratio"], row["key"]), len(order)))
+        measured = [job for job in jobs if points.is_measured(job, part) and job.row and job.row.group != BUCKETS]
+        tried = {row["key"] for row in results["grid"]}
+        there = {(row["ratio"], row["key"]): earlier.models(row) for row in rows}
+        there |= {(job.ratio, job.key): {(job.seed, job.steps)} for job in measured if job.key in tried}
+        results[part]["missing"] = _missing(measured, there)
+        updates[part] = {"models": sum(map(len, there.values())), "updates": sum(map(_updates, there.values()))}
+
+
+def _missing(jobs: Sequence[Job], there: dict[tuple[int, str], earlier.Models]) -> list[dict[str, Any]]:
+    planned: dict[tuple[int, str], list[Job]] = {}
+    for job in jobs:
+        planned.setdefault((job.ratio, job.key), []).append(job)
+    found = []
+    for (ratio, key), own in planned.items():
+        models = there.get((ratio, key), set())
+        lacking, row = {(job.seed, job.steps) for job in own} - models, own[0].row
+        if lacking and row:
+            found.append({"ratio": ratio, "row": key, "title": row.title, "seeds": sorted({seed for seed, _ in models}),
+                          "models": len(lacking), "planned": row.seeds})  # fmt: skip
+    return found
+
+
+def _updates(models: earlier.Models) -> int:
+    """Updates in which a row's models were trained, shared trunks counted once."""
+    last = {seed: max(steps for its, steps in models if its == seed) for seed, _ in models}
+    return sum(steps if steps == last[seed] else steps - planning.leaves(steps) for seed, steps in models)
 
 
 def _parts(jobs: Sequence[Job]) -> list[str]:
@@ -103,7 +145,9 @@ def _end(found: Found, own: Seeds, base: Seeds, i: int, full: int) -> dict[str, 
     """A row's models of one number of steps."""
     chosen = {seed: points[i] for seed, points in own.items()}
     first = next(iter(chosen.values()))
-    names = list(first.measures)
+    # All measures only where they are read: at the end, and over time where the page shows it.
+    whole = first.steps == full or first.row.group in (MAIN, GIFTS)
+    names = list(first.measures) if whole else [PRIMARY]
     result: dict[str, Any] = {
         "steps": first.steps,
         "part": first.steps / full,
@@ -246,11 +290,4 @@ def _setting(setting: Setting, parts: dict[str, Found]) -> dict[str, Any]:
                         "shares": [round(float(x), 4) for x in one.held.shares],
                         "bytes": float(one.held.bytes.sum())} for part, one in parts.items()},
         "replicates": measures.REPLICATES,
-        "updates": {part: _updates(one.points) for part, one in parts.items()},
     }  # fmt: skip
-
-
-def _updates(found: dict[Any, list[Point]]) -> dict[str, float]:
-    """Fully decayed models, and the updates in which they were trained, shared trunks counted once."""
-    total = sum(own[-1].steps + sum(p.steps - planning.leaves(p.steps) for p in own[:-1]) for own in found.values())
-    return {"models": sum(map(len, found.values())), "updates": total}

@@ -59,14 +59,12 @@ class Found:
     Attributes:
       points: by (ratio, row's key, seed), in the order of steps; of seeds whose model at all of the steps is there, at
         the ends that all such seeds of the row have.
-      missing: keys of (ratio, row) of which some model is not there yet: the seeds that are, and models that are not.
       facts: of one of the runs, and of all the names that differ between runs.
     """
 
     part: str
     points: dict[tuple[int, str, int], list[Point]]
     rows: dict[tuple[int, str], Row]
-    missing: dict[tuple[int, str], tuple[list[int], int]]
     held: measures.Held
     runs: dict[str, Run]
 
@@ -80,7 +78,7 @@ def read(setting: Setting, jobs: Sequence[Job], part: str) -> Found:
     Raises:
       UserError: runs that cannot be compared, or that are not what the plan says; no run is there.
     """
-    chosen = [job for job in jobs if _is_measured(job, part)]
+    chosen = [job for job in jobs if is_measured(job, part)]
     cutter = next(job for job in jobs if job.row and job.row.group == BUCKETS)
     if not work.done(cutter):
         raise UserError(
@@ -102,7 +100,8 @@ def read(setting: Setting, jobs: Sequence[Job], part: str) -> Found:
     return _whole(part, chosen, points, held, runs)
 
 
-def _is_measured(job: Job, part: str) -> bool:
+def is_measured(job: Job, part: str) -> bool:
+    """Whether a row's comparisons on a part of the held-out text stand on this job."""
     return bool(job.kind == TRAIN and job.row and job.row.group != TUNED and job.row.test == (part == corpus.TEST))
 
 
@@ -118,7 +117,7 @@ def _check_alike(runs: Sequence[Run]) -> None:
 
 
 def _whole(part: str, chosen: Sequence[Job], points: dict, held: measures.Held, runs: dict[str, Run]) -> Found:
-    """Seeds whose model at all of the steps is there, at the ends that all of them have; what lacks is noted."""
+    """Seeds whose model at all of the steps is there, at the ends that all of them have."""
     planned: dict[tuple[int, str, int], list[Job]] = {}
     rows: dict[tuple[int, str], Row] = {}
     for job in chosen:
@@ -126,7 +125,6 @@ def _whole(part: str, chosen: Sequence[Job], points: dict, held: measures.Held, 
             planned.setdefault((job.ratio, job.key, job.seed), []).append(job)
             rows[job.ratio, job.key] = job.row
     whole: dict[tuple[int, str, int], list[Point]] = {}
-    missing: dict[tuple[int, str], tuple[list[int], int]] = {}
     for row in rows:
         keys = [key for key in planned if key[:2] == row]
         ends = {key: {point.steps for point in points.get(key, [])} for key in keys}
@@ -134,10 +132,7 @@ def _whole(part: str, chosen: Sequence[Job], points: dict, held: measures.Held, 
         common = set.intersection(*(ends[key] for key in there)) if there else set()
         for key in there:
             whole[key] = sorted((p for p in points[key] if p.steps in common), key=lambda point: point.steps)
-        lacking = sum(job.steps not in ends[key] for key in keys for job in planned[key])
-        if lacking:
-            missing[row] = ([key[2] for key in there], lacking)
-    return Found(part, whole, rows, missing, held, runs)
+    return Found(part, whole, rows, held, runs)
 
 
 def _point(job: Job, runs: dict[str, Run], values: dict[str, np.ndarray]) -> Point:

@@ -4,7 +4,7 @@
 
 prints the ranked plan and what it drops. Without --dry_run it trains. The same command again goes on; given in several
 shells at once, they share the runs (`taskset -c 0`, `-c 1` give each a core). `--collect` writes OUT/README.md and what
-belongs to it from the runs that are there.
+belongs to it from the runs that are there; with `--earlier results.json`, rows of an earlier page stay beside them.
 """
 
 import argparse
@@ -20,12 +20,14 @@ from typing import Any
 import choosing
 import collect
 import corpus
+import earlier
 import page
 import pictures
 import planning
 import timing
 import work
 from planning import Job, Setting
+from tables import Results
 from tiers import TIERS
 
 from slm_assist import cli
@@ -57,7 +59,8 @@ def _run(options: argparse.Namespace, rest: list[str], command: str) -> int:
     planning.check(setting)
     jobs = planning.plan(setting)
     if options.collect:  # all that is there, whatever --only says: rows are compared with others
-        return _collect(setting, jobs, command, Path(options.page or options.out))
+        before = earlier.read(options.earlier) if options.earlier else None
+        return _collect(setting, jobs, command, Path(options.page or options.out), before)
     if options.only:
         jobs = choosing.only(jobs, ",".join(options.only))
     kept, dropped = choosing.within(setting, [job for job in jobs if not work.done(job)], options.hours,
@@ -83,14 +86,16 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--seeds_from={options.seeds_from}: it is added to seeds, so 0 or more")
     if options.processes < 1:
         raise UserError(f"--processes={options.processes}: at least 1 shares the work")
+    if (options.earlier or options.page) and not options.collect:
+        raise UserError(f"--{'earlier' if options.earlier else 'page'}: it is for --collect; add that")
     for name in ("train.jsonl", "test.jsonl") if options.tuning else ():
         if not (Path(options.tuning) / name).is_file():
             raise UserError(f"--tuning={options.tuning}: no {name} in it; give GSM8K's train.jsonl and test.jsonl")
 
 
-def _collect(setting: Setting, jobs: Sequence[Job], command: str, out: Path) -> int:
+def _collect(setting: Setting, jobs: Sequence[Job], command: str, out: Path, before: Results | None) -> int:
     """Writes the page, its figures and its pictures; what theory.py measured there becomes a part of it."""
-    results = _short(collect.collect(setting, jobs, command))
+    results = _short(collect.collect(setting, jobs, command, before))
     drawn = pictures.all_pictures(results)
     results["pictures"] = sorted(drawn)
     out.mkdir(parents=True, exist_ok=True)
@@ -133,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--collect", action="store_true", help="write the page from the runs that are there, and stop")
     parser.add_argument("--page", default="", help="with --collect: where the page goes; else into --out")
+    parser.add_argument("--earlier", default="", help="with --collect: results.json whose rows stay, too")
     parser.add_argument("--time", action="store_true", help="time updates, for seconds: when the machine is quiet")
     parser.add_argument("--dry_run", action="store_true", help="say what would be trained, and stop")
     parser.epilog = "Any other key of slm_assist/config.py is set for all runs with --key=value."

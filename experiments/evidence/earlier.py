@@ -1,0 +1,98 @@
+"""Rows of an earlier `results.json`, whose runs are elsewhere, beside those that have been measured since.
+
+A row stays as it was unless the runs at hand have all of its models and more. What both have is compared.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import corpus
+from matrix import BASELINE
+from measures import PRIMARY
+from tables import Results, Row
+
+from slm_assist.errors import UserError
+
+SAME = ("tier", "steps", "stage_1", "parameters", "vocabulary_size", "batch_rows", "seq_len", "train_rows",
+        "optimizer", "replicates")  # fmt: skip
+Models = set[tuple[int, int]]
+
+
+def read(path: str) -> Results:
+    """An earlier `results.json`.
+
+    Raises:
+      UserError: there is none, or it is something else.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not found["validation"]["rows"] or not found["setting"]["train_rows"]:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--earlier={path}: not a results.json that --collect has written") from error
+    return found
+
+
+def join(results: Results, earlier: Results) -> None:
+    """Adds to `results` what only the earlier ones have.
+
+    Raises:
+      UserError: they are not of one measurement, or new rows stand beside fewer of BASELINE's models than the old.
+    """
+    setting, before = results["setting"], earlier["setting"]
+    for name in SAME:
+        if setting[name] != before[name]:
+            raise UserError(f"--earlier: its {name} ({before[name]}) differs from that of the runs at hand "
+                            f"({setting[name]}), so the two make no page together")  # fmt: skip
+    unlike = [name for name in ("hardware", "devices", "dtype", "versions") if setting[name] != before[name]]
+    setting["unlike"] = list(dict.fromkeys([*setting["unlike"], *before["unlike"], *unlike]))
+    setting["held"] = before["held"] | setting["held"]
+    differences = []
+    for part in (corpus.VALIDATION, corpus.TEST):
+        new, old = (_by_name(found.get(part, {}).get("rows", [])) for found in (results, earlier))
+        if new or old:
+            differences += [x for name in new.keys() & old.keys() for x in _differences(new[name], old[name])]
+            results[part] = {"rows": list(_joined(part, new, old).values())}
+    if differences:
+        results["again"] = {"models": len(differences), "largest": max(differences)}
+    results["seconds"] = results["seconds"] or earlier["seconds"]
+    results["tuned"] = max(earlier["tuned"], results["tuned"], key=lambda rows: sum(len(row["seeds"]) for row in rows))
+    results["grid"] = list(({row["key"]: row for row in [*results["grid"], *earlier["grid"]]}).values())
+
+
+def models(row: Row) -> Models:
+    """(seed, steps) of a row's models."""
+    return {(seed, end["steps"]) for seed in row["seeds"] for end in row["ends"]}
+
+
+def _by_name(rows: list[Row]) -> dict[tuple[int, str], Row]:
+    return {(row["ratio"], row["key"]): row for row in rows}
+
+
+def _joined(part: str, new: dict[tuple[int, str], Row], old: dict[tuple[int, str], Row]) -> dict[Any, Row]:
+    more = {name: row for name, row in new.items() if name not in old or _beyond(row, old[name])}
+    for ratio in {ratio for ratio, key in more if key != BASELINE}:
+        name = (ratio, BASELINE)
+        lacking = models(old[name]) - models(new[name]) if name in old and name in new else set()
+        if lacking or name not in new:
+            raise UserError(
+                f"--earlier: it has {len(lacking) or 'all'} of BASELINE's models that are not at hand, by which new "
+                f"rows are judged; train with --only=row={BASELINE},part={part},ratio={ratio} first"
+            )
+    return old | more
+
+
+def _beyond(new: Row, old: Row) -> bool:
+    return models(new) > models(old) and new.keys() >= old.keys()
+
+
+def _differences(new: Row, old: Row) -> list[float]:
+    """Of the models that both have, how far apart they are, bits a byte."""
+
+    def values(row: Row) -> dict[tuple[int, int], float]:
+        return {(seed, end["steps"]): value for end in row["ends"]
+                for seed, value in zip(row["seeds"], end["measures"][PRIMARY]["seeds"], strict=True)}  # fmt: skip
+
+    left, right = values(new), values(old)
+    return [abs(left[name] - right[name]) for name in left.keys() & right.keys()]
