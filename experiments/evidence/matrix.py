@@ -80,6 +80,7 @@ GRID, MAIN, GIFTS, CONTROLS, DATA, ADAPTIVE, SWEEPS, CONFIRM, EPOCHS, TUNED, BUC
 )  # fmt: skip
 
 LABELS = {"assist.teacher": "{small}"}
+BOTH = {**LABELS, "represent.helper": "{small}"}
 OFFLINE = {**LABELS, "select.list": "{list:top}"}
 
 
@@ -111,8 +112,9 @@ def curve_at_once(row: Row) -> bool:
 
 
 def _grid(tier: Tier) -> list[Row]:
+    """The same rates for BASELINE, SALT and what is better than BASELINE at equal steps."""
     found = []
-    for method, overrides in (("baseline", {}), ("salt", LABELS)):
+    for method, overrides in ((BASELINE, {}), ("salt", LABELS), ("let_salt", BOTH)):
         for peak, decay in tier.grid:
             keys = {"optimizer.peak_learning_rate": peak, "optimizer.weight_decay": decay}
             found.append(
@@ -245,7 +247,7 @@ def _adaptive() -> list[Row]:
         row("hyperbolic", "w = n0 / (n0 + n), 60 %", {"assist.schedule": "candidates:hyperbolic"}, 0.6),
         row("easy", "w = n0 / (n0 + n), longer where the teacher is sure, 60 %",
             rule("easy") | {"assist.schedule": "candidates:hyperbolic"}, 0.6),
-        row("let_salt", "LET with SALT", {"represent.helper": "{small}"}, STAGE_1, "let_salt"),
+        row("let_salt", "LET with SALT", BOTH, STAGE_1, "let_salt"),
         row("grow-win", "growth, then w where the teacher is the better, 40 %",
             rule("win") | {"grow.helper": "{small}"}, AUTO_CAP, "grow_salt"),
         row("salt-quarter", "SALT, small LM trained for a quarter of the steps", {"assist.teacher": "{quarter}"},
