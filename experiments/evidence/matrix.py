@@ -26,6 +26,7 @@ CLAIMED, CLAIMED_SEEDS = (BASELINE, "salt", *FOUND), 8  # so that a difference o
 AHEAD = ("responsibility", "easy", "let_salt", "salt-quarter")
 CHEAP = ("salt-eighth", "let_salt-quarter", "let_salt-eighth")
 NOISES = (0.01, 0.05, 0.2, 0.5, 2.0, 4.0)  # of growth; the row `grow` has 1
+TEMPERATURES = (0.25, 0.5, 2.0, 4.0, 8.0, 16.0)  # of the teacher; the row `salt` has 1
 FEW = 0.25  # of the rows that a run reads, where it reads them over and over
 MAIN_SEEDS, TUNING_SEEDS, FRESH_SEEDS = 0, 200, 100  # where each set of seeds begins
 STEP_KEYS = {"assist.schedule": "assist.steps", "represent.schedule": "represent.steps"}
@@ -163,6 +164,7 @@ def _controls() -> list[Row]:
     return [
         Row("smoothing", "label smoothing of SALT's entropy", CONTROLS, "salt",
             teacher("uniform") | {"assist.weight": "{entropy:small}"}, pair="salt"),
+        Row("uniform", "label smoothing by SALT's w", CONTROLS, "salt", teacher("uniform"), pair="salt"),
         Row("unigram", "SALT, unigram teacher", CONTROLS, "salt", teacher("unigram"), pair="salt"),
         Row("five_gram", "SALT, 5-gram teacher, counted on all training rows", CONTROLS, "salt", teacher("five_gram"),
             pair="salt"),
@@ -237,6 +239,10 @@ def _adaptive() -> list[Row]:
     def rule(name: str, w: float = 0.667) -> dict[str, Any]:
         return {"assist.token_weight": f"candidates:{name}", "assist.weight": w}
 
+    def soft(key: str, words: str, overrides: Mapping[str, Any], stage_1: float = STAGE_1, file: str = "salt") -> Row:
+        return row(f"soft-{key}", f"SALT, temperature 4, {words}", {"assist.temperature": 4.0} | overrides, stage_1,
+                   file)  # fmt: skip
+
     return [
         row("salt-40", "SALT, n_KD 40 %", {}, AUTO_CAP),
         row("win", "w where the teacher is the better, 40 %", rule("win"), AUTO_CAP),
@@ -265,6 +271,13 @@ def _adaptive() -> list[Row]:
             {"grow.helper": "{quarter}", "assist.teacher": "{quarter}"}, STAGE_1, "grow_salt"),
         row("grow-other", "growth, then SALT with a helper of other rows",
             {"grow.helper": "{small}", "assist.teacher": "{disjoint}"}, STAGE_1, "grow_salt"),
+        soft("quarter", "small LM trained for a quarter of the steps", {"assist.teacher": "{quarter}"}),
+        soft("eighth", "small LM trained for an eighth of the steps", {"assist.teacher": "{eighth}"}),
+        soft("10", "n_KD 10 %", {}, 0.1),
+        soft("30", "n_KD 30 %", {}, 0.3),
+        soft("0.9", "w 0.9", {"assist.weight": 0.9}),
+        soft("unigram", "unigram teacher", {"assist.teacher": "slm_assist.assist.ngram:unigram"}),
+        soft("let", "LET", BOTH, file="let_salt"),
     ]  # fmt: skip
 
 
@@ -285,7 +298,7 @@ def _sweeps() -> list[Row]:
 
     sizes = [row(f"size-{name}", f"helper: {name}", {"assist.teacher": f"{{{name}}}"})
              for name in ("tiny", "medium", "equal", "half")]  # fmt: skip
-    temperatures = [row(f"tau-{t:g}", f"temperature {t:g}", {"assist.temperature": t}) for t in (0.25, 0.5, 4.0)]
+    temperatures = [row(f"tau-{t:g}", f"temperature {t:g}", {"assist.temperature": t}) for t in TEMPERATURES]
     weights = [row(f"w-{w:g}", f"w {w:g}", {"assist.weight": w}) for w in (0.2, 0.4, 0.9)]
     lengths = [row(f"n_kd-{part:g}", f"n_KD {part:.0%}", {}, stage_1=part) for part in (0.05, 0.1, 0.3, 0.6)]
     ways = [row(f"schedule-{kind}", f"w ends: {kind}", {"assist.schedule": kind}) for kind in ("linear", "ratio")]
