@@ -23,9 +23,17 @@ FOUND = ("let_salt", "unigram")  # the best at equal steps of what was explored,
 CLAIMED, CLAIMED_SEEDS = (BASELINE, "salt", *FOUND), 8  # so that a difference of half a percent is found
 # Explored with all of the seeds: what was ahead of SALT on the first at equal steps, and what costs a small LM of fewer
 # steps only, which is to be as good at equal steps and cheaper.
-AHEAD = ("responsibility", "easy", "let_salt", "salt-quarter")
-CHEAP = ("salt-eighth", "let_salt-quarter", "let_salt-eighth")
+AHEAD = ("responsibility", "easy", "let_salt", "salt-quarter", "tau-2", "tau-4")
+CHEAP = (
+    *("salt-eighth", "let_salt-quarter", "let_salt-eighth", "t4-quarter", "t4-eighth", "t4-unigram"),
+    *("t2-quarter", "t2-eighth", "t2-unigram"),
+)
 NOISES = (0.01, 0.05, 0.2, 0.5, 2.0, 4.0)  # of growth; the row `grow` has 1
+SOFT = (
+    ("quarter", "small LM trained for a quarter of the steps", "{quarter}"),
+    ("eighth", "small LM trained for an eighth of the steps", "{eighth}"),
+    ("unigram", "unigram teacher", "slm_assist.assist.ngram:unigram"),
+)  # teachers that cost little, with soft labels that are softer
 TEMPERATURES = (0.25, 0.5, 2.0, 4.0, 8.0, 16.0)  # of the teacher; the row `salt` has 1
 FEW = 0.25  # of the rows that a run reads, where it reads them over and over
 MAIN_SEEDS, TUNING_SEEDS, FRESH_SEEDS = 0, 200, 100  # where each set of seeds begins
@@ -239,9 +247,11 @@ def _adaptive() -> list[Row]:
     def rule(name: str, w: float = 0.667) -> dict[str, Any]:
         return {"assist.token_weight": f"candidates:{name}", "assist.weight": w}
 
-    def soft(key: str, words: str, overrides: Mapping[str, Any], stage_1: float = STAGE_1, file: str = "salt") -> Row:
-        return row(f"soft-{key}", f"SALT, temperature 4, {words}", {"assist.temperature": 4.0} | overrides, stage_1,
-                   file)  # fmt: skip
+    def soft(key: str, words: str, overrides: Mapping[str, Any], stage_1: float = STAGE_1, file: str = "salt",
+             temperature: float = 4.0) -> Row:  # fmt: skip
+        keys = {"assist.temperature": temperature} | overrides
+        found = row(f"t{temperature:g}-{key}", f"SALT, temperature {temperature:g}, {words}", keys, stage_1, file)
+        return dataclasses.replace(found, ends=(1.0,))
 
     return [
         row("salt-40", "SALT, n_KD 40 %", {}, AUTO_CAP),
@@ -271,12 +281,11 @@ def _adaptive() -> list[Row]:
             {"grow.helper": "{quarter}", "assist.teacher": "{quarter}"}, STAGE_1, "grow_salt"),
         row("grow-other", "growth, then SALT with a helper of other rows",
             {"grow.helper": "{small}", "assist.teacher": "{disjoint}"}, STAGE_1, "grow_salt"),
-        soft("quarter", "small LM trained for a quarter of the steps", {"assist.teacher": "{quarter}"}),
-        soft("eighth", "small LM trained for an eighth of the steps", {"assist.teacher": "{eighth}"}),
+        *(soft(key, words, {"assist.teacher": teacher}, temperature=t) for key, words, teacher in SOFT
+          for t in (4.0, 2.0)),
         soft("10", "n_KD 10 %", {}, 0.1),
         soft("30", "n_KD 30 %", {}, 0.3),
         soft("0.9", "w 0.9", {"assist.weight": 0.9}),
-        soft("unigram", "unigram teacher", {"assist.teacher": "slm_assist.assist.ngram:unigram"}),
         soft("let", "LET", BOTH, file="let_salt"),
     ]  # fmt: skip
 
@@ -294,7 +303,8 @@ def _sweeps() -> list[Row]:
     def row(key: str, title: str, overrides: Mapping[str, Any], file: str = "salt", stage_1: float = STAGE_1) -> Row:
         keys = (OFFLINE if file == "salt_ds_offline" else LABELS) | overrides
         pair = "salt_ds" if file == "salt_ds" else "salt"
-        return Row(key, title, SWEEPS, file, keys, 1, ends=FEW_ENDS, stage_1=stage_1, pair=pair)
+        seeds = 3 if key in AHEAD else 1
+        return Row(key, title, SWEEPS, file, keys, seeds, ends=FEW_ENDS, stage_1=stage_1, pair=pair)
 
     sizes = [row(f"size-{name}", f"helper: {name}", {"assist.teacher": f"{{{name}}}"})
              for name in ("tiny", "medium", "equal", "half")]  # fmt: skip

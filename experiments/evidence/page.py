@@ -19,7 +19,7 @@ TITLES = {
     CONTROLS: "Controls",
     DATA: "The helper's data",
     ADAPTIVE: "Rules for w, and combinations (explored)",
-    SWEEPS: "Sweeps (one seed, exploratory)",
+    SWEEPS: "Sweeps (exploratory)",
     EPOCHS: "Several epochs of a quarter of the rows",
     CONFIRM: "Confirmation",
 }
