@@ -62,10 +62,10 @@ def test_what_was_trained_twice_is_compared_and_stays_as_it_was(evidence, first,
         return gain(job) + 0.003 * (job.key == "baseline" and job.seed == 1 and job.steps == job.full)
 
     found = collect(evidence, tmp_path, (), first, of)
-    assert found["again"] == {"models": 3 * 9, "largest": pytest.approx(0.003)}
+    assert found["again"] == {"models": 2 * 3 * 9, "largest": pytest.approx(0.003)}
     assert found["validation"]["rows"] == first["validation"]["rows"] and found["test"] == first["test"]
     page = evidence.page.markdown(found)
-    assert "| trained twice | 27 models, " in page and "at most 0.003 |" in page
+    assert "| trained twice | 54 models, " in page and "at most 0.003 |" in page
     assert "\n`python experiments/evidence/run.py --data x` with what the line says" in page
 
 
@@ -76,6 +76,15 @@ def test_a_row_gives_way_to_one_with_all_of_its_models_and_more(evidence, whole,
     found = collect(evidence, tmp_path / "after", ("salt", "rkd"), before,
                     leave=lambda job: job.key == "rkd" and job.steps < job.full)  # fmt: skip
     assert row_of(found, "salt") == row_of(whole, "salt") and row_of(found, "rkd") == row_of(before, "rkd")
+
+
+def test_the_test_part_is_whole_with_the_earlier_models(evidence, first, tmp_path):
+    before = first | {"test": {"rows": [row for row in first["test"]["rows"] if row["key"] != "salt"], "missing": []}}
+    found = collect(evidence, tmp_path / "all", ("salt",), before)
+    assert [row["key"] for row in found["test"]["rows"]] == ["baseline", "salt", "rkd"]
+    assert row_of(found, "salt", "test") == row_of(first, "salt", "test")
+    lacking = collect(evidence, tmp_path / "some", ("salt",), before, leave=lambda job: job.seed == 101)
+    assert [row["key"] for row in lacking["test"]["rows"]] == ["baseline", "rkd"]
 
 
 def test_other_hardware_is_said(evidence, first, tmp_path):

@@ -38,7 +38,7 @@ def collect(setting: Setting, jobs: Sequence[Job], command: str, before: Results
     Raises:
       UserError: nothing to collect, or runs that cannot be compared.
     """
-    parts = {part: points.read(setting, jobs, part) for part in _parts(jobs)}
+    parts = {part: points.read(setting, jobs, part) for part in _parts(jobs, before)}
     seconds = timing.read(setting) or (before or {}).get("seconds")
     results: Results = {"command": command, "setting": _setting(setting, parts), "seconds": seconds}
     for part, found in parts.items():
@@ -97,10 +97,14 @@ def _updates(models: earlier.Models) -> int:
     return sum(steps if steps == last[seed] else steps - planning.leaves(steps) for seed, steps in models)
 
 
-def _parts(jobs: Sequence[Job]) -> list[str]:
+def _parts(jobs: Sequence[Job], before: Results | None) -> list[str]:
     """The validation part, and the test part once: when every last model of what is claimed has been measured on it."""
     claimed = [job for job in jobs if job.row and job.row.test and job.steps >= job.full]
-    return [corpus.VALIDATION] + [corpus.TEST] * (bool(claimed) and all(map(work.done, claimed)))
+    here = [job for job in claimed if work.done(job)]
+    rows = (before or {}).get(corpus.TEST, {}).get("rows", [])
+    there = {(row["ratio"], row["key"], *model) for row in rows for model in earlier.models(row)}
+    lacking = [job for job in claimed if job not in here and (job.ratio, job.key, job.seed, job.steps) not in there]
+    return [corpus.VALIDATION] + [corpus.TEST] * (bool(here) and not lacking)
 
 
 def seeds_of(found: Found, ratio: int, key: str) -> Seeds:
