@@ -91,8 +91,8 @@ def test_what_is_tuned_is_tuned_for_all_by_one_grid(evidence, tier):
     pairs = {}
     for row in grid:
         keys = ("optimizer.peak_learning_rate", "optimizer.weight_decay")
-        pairs.setdefault(row.file, []).append(tuple(row.overrides[key] for key in keys))
-    assert pairs.keys() == {"baseline", "salt", "let_salt"}
+        pairs.setdefault(row.pair, []).append(tuple(row.overrides[key] for key in keys))
+    assert pairs.keys() == {"baseline", "salt", *evidence.matrix.WINS}
     assert all(found == pairs["baseline"] for found in pairs.values()) and len(set(pairs["baseline"])) >= 9
     assert (tier.peak, tier.weight_decay) in pairs["baseline"]
     assert set(tier.own_best.values()) <= set(pairs["baseline"])

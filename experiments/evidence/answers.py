@@ -10,7 +10,7 @@ from compare import BETTER, CHARGED, WORSE
 from measures import EQUAL, PRIMARY, UNSEEN
 from tables import Results, Row, last, relative
 
-METHODS = ("salt", *matrix.FOUND, "rkd", "grow", "grow_salt", "let", "salt_ds", "salt_ds_offline")
+METHODS = ("salt", *matrix.FOUND, *matrix.LATER, "rkd", "grow", "grow_salt", "let", "salt_ds", "salt_ds_offline")
 
 
 def markdown(results: Results) -> str:
@@ -233,7 +233,11 @@ def _adaptive(results: Results) -> str:
             texts.append(f"{found['title']}: {said(found['against_pair'])}; in full {said(at)}")
     text = _listed("On the seeds that choices are made on, against SALT at equal steps; and against BASELINE at equal "
                    "FLOPs, the small LM's training charged in full, without which nothing is won:", texts)  # fmt: skip
-    fresh = [found for key in matrix.FOUND if (found := row(results, key, "test")) and found.get("against_pair")]
+    fresh = [
+        found
+        for key in (*matrix.FOUND, *matrix.LATER)
+        if (found := row(results, key, "test")) and found.get("against_pair")
+    ]
     told = []
     for found in fresh:
         end = last(found)

@@ -49,7 +49,7 @@ def collect(setting: Setting, jobs: Sequence[Job], command: str, before: Results
     results["tuned"] = tuned.collect(jobs)
     validation = parts[corpus.VALIDATION]
     results["grid"] = [
-        {"title": row.title, "key": row.key, "method": row.file,
+        {"title": row.title, "key": row.key, "method": row.pair,
          "peak": row.overrides["optimizer.peak_learning_rate"], "decay": row.overrides["optimizer.weight_decay"],
          PRIMARY: _values(seeds_of(validation, ratio, row.key), -1, PRIMARY)["mean"]}
         for (ratio, _), row in validation.rows.items() if row.group == GRID and validation.seeds(ratio, row.key)
