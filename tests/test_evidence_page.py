@@ -256,6 +256,22 @@ def test_sentences_follow_verdicts(evidence, results):
     told = evidence.answers.markdown(fresh).partition("on fresh seeds and the test part:\n\n- both: ")[2]
     assert told.startswith(f"against SALT at equal steps {found['against_pair']['verdict']} (")
     assert f"in full {last(found)['equal_flops']['full'][PRIMARY]['verdict']} (" in told
+    assert "with all charged: both." in told and "after the other rows' figures" not in evidence.appendix.how(fresh)
+    found["key"] = evidence.matrix.LATER[0]
+    last(found)["equal_flops"]["full"][PRIMARY]["verdict"] = "not resolved"
+    page = evidence.answers.markdown(fresh) + evidence.appendix.how(fresh)
+    assert "with all charged: none." in page and "\nboth: chosen on the validation part, too" in page
+
+
+def test_exploratory_rows_are_told_beside_salt_of_the_same_seed(evidence, results):
+    found = copy.deepcopy(next(row for row in results["validation"]["rows"] if row["key"] == "rkd"))
+    found |= {"key": "tau-4", "title": "temperature 4"}
+    salt = next(row for row in results["validation"]["rows"] if row["key"] == "salt")
+    apart = [last(row)["measures"][PRIMARY]["mean"] for row in (found, salt)]
+    told = evidence.answers.markdown(results | {"validation": {"rows": [*results["validation"]["rows"], found]}})
+    assert (
+        "**How soft should its labels be?**" in told and f"temperature 4 {apart[0] - apart[1]:+.4f} (3 seeds)" in told
+    )
 
 
 def test_a_page_of_one_row_has_no_figures_of_others(evidence, results):

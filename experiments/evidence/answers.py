@@ -157,6 +157,11 @@ def _leave(results: Results) -> str:
     return text
 
 
+def _how_soft(results: Results) -> str:
+    keys = [f"tau-{temperature:g}" for temperature in matrix.TEMPERATURES]
+    return _explored(results, keys, "By the temperature that divides the teacher's logits (SALT: 1)")
+
+
 def _which(results: Results) -> str:
     keys = ("size-tiny", "size-medium", "size-equal", "size-half", "salt-quarter", "salt-eighth")
     text = _explored(results, keys, "By the small LM (SALT's has 0.3 of the student's parameters, and as many steps)")
@@ -206,7 +211,7 @@ def _growth(results: Results) -> str:
 
 def _controls(results: Results) -> str:
     salt = row(results, "salt")
-    rows = _rows(results, ("smoothing", "unigram", "five_gram", "five_gram_other", "untrained", "small_w"))
+    rows = _rows(results, ("smoothing", "uniform", "unigram", "five_gram", "five_gram_other", "untrained", "small_w"))
     if not salt or not rows:
         return ""
     texts = [f"SALT: {said(last(salt)['equal_steps'][PRIMARY])}"]
@@ -244,7 +249,11 @@ def _adaptive(results: Results) -> str:
         told.append(f"{found['title']}: against SALT at equal steps {said(found['against_pair'])}; against BASELINE at "
                     f"equal steps {said(end['equal_steps'][PRIMARY])}, at equal FLOPs in full "
                     f"{said(end['equal_flops']['full'][PRIMARY])}")  # fmt: skip
-    return "\n\n".join(filter(None, [text, _listed("The best of them, on fresh seeds and the test part:", told)]))
+    texts = [text, _listed("The best of them, on fresh seeds and the test part:", told)]
+    if fresh:
+        kept = [found["title"] for found in fresh if last(found)["equal_flops"]["full"][PRIMARY]["verdict"] == BETTER]
+        texts.append(f"Of these, better than BASELINE with all charged: {'; '.join(kept) or 'none'}.")
+    return "\n\n".join(filter(None, texts))
 
 
 def _tuned(results: Results) -> str:
@@ -263,6 +272,7 @@ QUESTIONS: tuple[tuple[str, Callable[[Results], str]], ...] = (
     ("Where does it gain and lose?", _where),
     ("Is it the small LM's knowledge?", _controls),
     ("When should the small LM leave?", _leave),
+    ("How soft should its labels be?", _how_soft),
     ("Which small LM is worth its cost?", _which),
     ("Does it matter what the small LM has read?", _data),
     ("Does selection pay once its scoring is counted?", _selection),

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from matrix import LATER
 from measures import PRIMARY
 from tables import NONE, Results, last, table
 
@@ -23,8 +24,10 @@ WORDS = (
 def how(results: Results) -> str:
     """What was measured with, and by which rules."""
     s = results["setting"]
-    texts = ["## How it was measured", table(("", ""), _facts(results)), *_rules(s), _intervals(s)]
-    return "\n\n".join([*texts, "Words: " + "; ".join(f"**{name}**, {words}" for name, words in WORDS) + "."])
+    texts = ["## How it was measured", table(("", ""), _facts(results)), *_rules(s), _later(results), _intervals(s)]
+    return "\n\n".join(
+        [*filter(None, texts), "Words: " + "; ".join(f"**{name}**, {words}" for name, words in WORDS) + "."]
+    )
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
@@ -76,6 +79,16 @@ def _rules(s: dict[str, Any]) -> list[str]:
         "only explore are measured on the validation part; the test part is shown once all that is claimed has been "
         "run on it.",
     ]  # fmt: skip
+
+
+def _later(results: Results) -> str:
+    titles = [row["title"] for row in results.get("test", {}).get("rows", []) if row["key"] in LATER]
+    if not titles:
+        return ""
+    return (
+        f"{'; '.join(titles)}: chosen on the validation part, too, and run on the test part once, but after the other "
+        "rows' figures there had been read."
+    )
 
 
 def _intervals(s: dict[str, Any]) -> str:
