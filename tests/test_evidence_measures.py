@@ -331,8 +331,8 @@ def test_a_name_changes_nothing_and_exchanged_rows_exchange_the_verdict(evidence
 
 
 def test_seconds_are_updates_times_the_medians_of_their_stages(evidence):
-    def seconds_of(group="main", stages=None, share=0.0, helper_flops=7.0, **overrides):
-        row = SimpleNamespace(file="salt", group=group, overrides=overrides)
+    def seconds_of(group="main", stages=None, share=0.0, helper_flops=7.0, key="x", **overrides):
+        row = SimpleNamespace(key=key, file="salt", group=group, overrides=overrides)
         point = SimpleNamespace(row=row, stages=stages or {"assisted": 20, "plain": 80}, helper_flops=helper_flops)
         medians = {"plain": 0.1, "salt/assisted": 0.3, "rkd/assisted": 9.0, "small_lm": 0.05}
         return evidence.timing.seconds_of(point, medians, share, 100)
@@ -341,5 +341,10 @@ def test_seconds_are_updates_times_the_medians_of_their_stages(evidence):
     assert seconds_of(share=1.0) == pytest.approx(20 * 0.3 + 80 * 0.1 + 100 * 0.05)
     assert seconds_of(share=1.0, helper_flops=0.0) == seconds_of()
     assert seconds_of(stages={"selecting": 1}) is None
+    assert seconds_of(**{"assist.teacher": "{small}"}) == seconds_of()
+    for teacher in ("{quarter}", "slm_assist.assist.ngram:unigram"):
+        assert seconds_of("confirmation", **{"assist.teacher": teacher}) is None
+        winner = seconds_of("confirmation", key=evidence.matrix.WINS[0], **{"assist.teacher": teacher})
+        assert winner == seconds_of()
     assert seconds_of("controls") is None  # its teacher may cost something else
     assert seconds_of(**{"select.list": "x"}) is None  # whose scoring was not timed

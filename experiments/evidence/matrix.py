@@ -34,9 +34,9 @@ CHEAP = (
 WINS = ("t4-unigram",)  # at equal FLOPs, whatever is charged
 NOISES = (0.01, 0.05, 0.2, 0.5, 2.0, 4.0)  # of growth; the row `grow` has 1
 SOFT = (
-    ("quarter", "small LM trained for a quarter of the steps", "{quarter}"),
-    ("eighth", "small LM trained for an eighth of the steps", "{eighth}"),
-    ("unigram", "unigram teacher", "slm_assist.assist.ngram:unigram"),
+    ("quarter", "small LM trained for a quarter of the steps", "{quarter}", "salt"),
+    ("eighth", "small LM trained for an eighth of the steps", "{eighth}", "salt"),
+    ("unigram", "unigram teacher", "slm_assist.assist.ngram:unigram", "salt_unigram"),
 )  # teachers that cost little, with soft labels that are softer
 TEMPERATURES = (0.25, 0.5, 2.0, 4.0, 8.0, 16.0)  # of the teacher; the row `salt` has 1
 FEW = 0.25  # of the rows that a run reads, where it reads them over and over
@@ -285,7 +285,7 @@ def _adaptive() -> list[Row]:
             {"grow.helper": "{quarter}", "assist.teacher": "{quarter}"}, STAGE_1, "grow_salt"),
         row("grow-other", "growth, then SALT with a helper of other rows",
             {"grow.helper": "{small}", "assist.teacher": "{disjoint}"}, STAGE_1, "grow_salt"),
-        *(soft(key, words, {"assist.teacher": teacher}, temperature=t) for key, words, teacher in SOFT
+        *(soft(key, words, {"assist.teacher": teacher}, file=file, temperature=t) for key, words, teacher, file in SOFT
           for t in (4.0, 2.0)),
         soft("10", "n_KD 10 %", {}, 0.1),
         soft("30", "n_KD 30 %", {}, 0.3),

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import planning
 import work
-from matrix import CONFIRM, GIFTS, MAIN, STEP_KEYS
+from matrix import CONFIRM, GIFTS, LABELS, MAIN, STEP_KEYS, WINS
 from planning import TRAIN, Job, Setting
 from points import Point
 
@@ -28,6 +28,7 @@ FILE = "seconds.json"
 UPDATES, WARM = 60, 8  # of a short run, half of them with help; the first of each stage are left out
 ROUNDS = 3
 PLAIN, HELPER = "plain", "small_lm"
+SHARED = LABELS["assist.teacher"]
 
 
 def name_of(file: str, stage: str) -> str:
@@ -38,11 +39,12 @@ def name_of(file: str, stage: str) -> str:
 def seconds_of(point: Point, medians: dict[str, float], share: float, helper_steps: int) -> float | None:
     """Seconds of a point's updates, and of that share of its small LM's; None where something was not timed.
 
-    Timed are the main methods, with the small LM that they share; not others in the same file (a control's teacher
-    costs something else), nor the scoring of a corpus beforehand.
+    Timed are the main methods, with the small LM that they share, and what wins; not others in the same file (another
+    teacher costs something else), nor the scoring of a corpus beforehand.
     """
     names = {stage: name_of(point.row.file, stage) for stage in point.stages}
     timed = point.row.group in (MAIN, GIFTS, CONFIRM) and "select.list" not in point.row.overrides
+    timed = timed and (point.row.key in WINS or point.row.overrides.get("assist.teacher", SHARED) == SHARED)
     if not timed or not {*names.values(), HELPER} <= medians.keys():
         return None
     helper = share * helper_steps * medians[HELPER] if point.helper_flops else 0.0
@@ -82,7 +84,7 @@ def read(setting: Setting) -> dict[str, float] | None:
 def _is_timed(setting: Setting, job: Job) -> bool:
     if job.kind != TRAIN or job.first or (job.ratio, job.seed) != (setting.tier.ratios[0], setting.seeds_from):
         return False
-    return job.row.group in (MAIN, GIFTS) if job.row else job.key == "helper-small"
+    return (job.row.group in (MAIN, GIFTS) or job.key in WINS) if job.row else job.key == "helper-small"
 
 
 def _short_run(job: Job, path: Path) -> dict[str, float]:
