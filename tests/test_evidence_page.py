@@ -265,7 +265,7 @@ def test_sentences_follow_verdicts(evidence, results):
 
 def test_exploratory_rows_are_told_beside_salt_of_the_same_seed(evidence, results):
     found = copy.deepcopy(next(row for row in results["validation"]["rows"] if row["key"] == "rkd"))
-    found |= {"key": "tau-4", "title": "temperature 4"}
+    found |= {"key": "tau-4", "title": "SALT, temperature 4"}
     salt = next(row for row in results["validation"]["rows"] if row["key"] == "salt")
     apart = [last(row)["measures"][PRIMARY]["mean"] for row in (found, salt)]
     told = evidence.answers.markdown(results | {"validation": {"rows": [*results["validation"]["rows"], found]}})

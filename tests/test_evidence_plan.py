@@ -341,6 +341,8 @@ def test_only_brings_what_it_needs(evidence, jobs):
     assert {(job.key, job.seed) for job in few if job != cutter} == {("salt", 1), ("helper-small", 1), ("baseline", 1)}
     assert not any(job.row and job.row.test for job in few)
     assert {job.ratio for job in only(jobs, f"ratio={jobs[0].ratio}")} == {jobs[0].ratio}
+    two = only(jobs, "row=salt|rkd,part=validation,seed=1")
+    assert {job.key for job in two} == {"salt", "rkd", "baseline", "helper-small", "cutter"}
     tuned = only(jobs, "row=tuned-salt")
     assert {job.key for job in tuned} == {"tuned-salt", "tuned-baseline", "salt", "baseline", "helper-small", "cutter"}
     for words in ("seed=7777", "seed", "sed=1", "row=salty", "row=salt,seed=100,part=validation", "row=salt seed=1"):

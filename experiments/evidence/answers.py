@@ -87,20 +87,24 @@ def _primary(results: Results) -> str:
 
 def _earlier(results: Results) -> str:
     texts = []
-    for found in _rows(results, METHODS):
-        reached = found.get("to_quality")
-        if not reached:
+    for key in METHODS:
+        curves = [one for part in ("validation", "test") if (one := row(results, key, part)) and "to_quality" in one]
+        if not curves:
             continue
+        found, reached = curves[0], curves[0]["to_quality"]
+        name = found["title"] + " (on the test part)" * (found["part"] == "test")
         if reached["steps"]["where"] == "never":
-            texts.append(f"{found['title']}: never")
+            texts.append(f"{name}: never")
             continue
         words = {"steps": "of its steps", "flops_free": "of its FLOPs with the small LM's training left out",
                  "flops_full": "of its FLOPs in full", "seconds_free": "of its seconds, left out",
                  "seconds_full": "of its seconds in full"}  # fmt: skip
-        texts.append(f"{found['title']}: " + ", ".join(
-            f"{relative(reached[name])} {text}" for name, text in words.items() if name in reached
+        texts.append(f"{name}: " + ", ".join(
+            f"{relative(reached[cost])} {text}" for cost, text in words.items() if cost in reached
         ))  # fmt: skip
-    return _listed("On the validation part BASELINE's quality at all of its steps is reached at", texts)
+    return _listed(
+        "On the validation part, where no other is named, BASELINE's quality at all of its steps is reached at", texts
+    )
 
 
 def _where(results: Results) -> str:

@@ -95,10 +95,11 @@ def _intervals(s: dict[str, Any]) -> str:
     return (
         f"In brackets: 95 % intervals of {s['replicates']} bootstrap replicates over seeds and documents (within "
         "domains), of differences paired by seed. `better` and `worse` only where the interval leaves out 0 and the "
-        "difference is at least the minimum detectable one: that which BASELINE's own spread over seeds lets so many "
-        "seeds find with 80 % power at the 95 % level, unpaired. All else is `not resolved`. What the draw of so few "
-        "seeds adds to an interval is widened as Student's t is; intervals are not widened for their number. "
-        "Buckets are thirds of the held-out rows by the loss of a BASELINE of another seed."
+        "difference is at least the minimum detectable one: that which the own spread over seeds of BASELINE (or of "
+        "the row that is compared with) lets so many seeds find with 80 % power at the 95 % level, unpaired. All else "
+        "is `not resolved`. What the draw of so few seeds adds to an interval is widened as Student's t is; intervals "
+        "are not widened for their number. Buckets are thirds of the held-out rows by the loss of a BASELINE of "
+        "another seed."
     )
 
 

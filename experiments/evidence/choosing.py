@@ -42,7 +42,7 @@ FIELDS = {
 
 
 def only(jobs: Sequence[Job], text: str) -> list[Job]:
-    """The jobs that `text` names, `FIELD=VALUE` once or several of them with commas between, all of which must hold.
+    """The jobs that `text` names, `FIELD=VALUE` or `FIELD=VALUE|VALUE`, or several with commas, which must all hold.
 
     With them comes what they need, what they are compared with, of the same seeds and part, and the run that cuts the
     buckets, so that a page can be made of them alone.
@@ -53,7 +53,7 @@ def only(jobs: Sequence[Job], text: str) -> list[Job]:
     conditions = [condition.partition("=")[::2] for condition in text.split(",")]
     if any(field not in FIELDS for field, _ in conditions):
         raise UserError(f"--only={text}: write row=KEY, group=NAME, seed=N, ratio=N or part=NAME, with commas between")
-    chosen = [job for job in jobs if all(FIELDS[field](job) == value for field, value in conditions)]
+    chosen = [job for job in jobs if all(FIELDS[field](job) in value.split("|") for field, value in conditions)]
     if not chosen:
         raise UserError(f"--only={text}: no such run is planned; --dry_run lists them")
     beside = {(key, job.ratio, job.seed, job.row.test) for job in chosen if job.row for key in (job.row.pair, BASELINE)}

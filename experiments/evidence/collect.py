@@ -69,6 +69,9 @@ def _count(results: Results, jobs: Sequence[Job]) -> None:
             continue
         rows = results[part]["rows"]
         rows.sort(key=lambda row: order.get((row["ratio"], row["key"]), len(order)))
+        titles = {(job.ratio, job.key): job.row.title for job in jobs if job.row}
+        for row in rows:
+            row["title"] = titles.get((row["ratio"], row["key"]), row["title"])
         measured = [job for job in jobs if points.is_measured(job, part) and job.row and job.row.group != BUCKETS]
         tried = {row["key"] for row in results["grid"]}
         there = {(row["ratio"], row["key"]): earlier.models(row) for row in rows}

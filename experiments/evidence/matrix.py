@@ -31,7 +31,7 @@ CHEAP = (
     *("salt-eighth", "let_salt-quarter", "let_salt-eighth", "t4-quarter", "t4-eighth", "t4-unigram"),
     *("t2-quarter", "t2-eighth", "t2-unigram"),
 )
-WINS = ("t4-unigram",)  # at equal FLOPs, whatever is charged
+WINS = ("t4-unigram", "tau-2")  # against BASELINE at equal FLOPs, all charged; against SALT at equal steps
 NOISES = (0.01, 0.05, 0.2, 0.5, 2.0, 4.0)  # of growth; the row `grow` has 1
 SOFT = (
     ("quarter", "small LM trained for a quarter of the steps", "{quarter}", "salt"),
@@ -126,7 +126,7 @@ def curve_at_once(row: Row) -> bool:
 
 def _grid(tier: Tier) -> list[Row]:
     """The same rates for BASELINE, SALT and what wins."""
-    found, known = [], {row.key: row for row in (*_main(1, 0), *_adaptive())}
+    found, known = [], {row.key: row for row in (*_main(1, 0), *_adaptive(), *_sweeps())}
     for method in (BASELINE, "salt", *WINS):
         for peak, decay in tier.grid:
             keys = {"optimizer.peak_learning_rate": peak, "optimizer.weight_decay": decay}
@@ -312,7 +312,7 @@ def _sweeps() -> list[Row]:
 
     sizes = [row(f"size-{name}", f"helper: {name}", {"assist.teacher": f"{{{name}}}"})
              for name in ("tiny", "medium", "equal", "half")]  # fmt: skip
-    temperatures = [row(f"tau-{t:g}", f"temperature {t:g}", {"assist.temperature": t}) for t in TEMPERATURES]
+    temperatures = [row(f"tau-{t:g}", f"SALT, temperature {t:g}", {"assist.temperature": t}) for t in TEMPERATURES]
     weights = [row(f"w-{w:g}", f"w {w:g}", {"assist.weight": w}) for w in (0.2, 0.4, 0.9)]
     lengths = [row(f"n_kd-{part:g}", f"n_KD {part:.0%}", {}, stage_1=part) for part in (0.05, 0.1, 0.3, 0.6)]
     ways = [row(f"schedule-{kind}", f"w ends: {kind}", {"assist.schedule": kind}) for kind in ("linear", "ratio")]

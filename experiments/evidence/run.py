@@ -116,7 +116,7 @@ def _short(value: Any) -> Any:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-ONLY = "row=KEY, group=NAME, seed=N, ratio=N, part=NAME, or some with commas: those, and what they need beside them"
+ONLY = "row=KEY, group=NAME, seed=N, ratio=N, part=NAME (or KEY|KEY), or some with commas: those, and what they need"
 
 
 def _parser() -> argparse.ArgumentParser:
