@@ -4,6 +4,10 @@
 
 The teacher is counted on the training rows, costs no FLOPs, and is the same for every token: softmax(log p / 4), the
 fourth roots of the frequencies, normalised.
+
+With 20 tokens a parameter, eight fresh seeds and test documents: 0.027 bits a byte better than BASELINE, at equal steps
+and at equal FLOPs with nothing left out, as good as SALT at its own temperature, 1 (experiments/evidence/). With
+uniform labels instead nothing was gained that is resolved.
 """
 
 OVERRIDES = {
