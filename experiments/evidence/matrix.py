@@ -7,7 +7,7 @@ same learning rate, rows and updates as BASELINE of their seed, unless the row s
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tiers import Tier
@@ -106,7 +106,7 @@ def rows(tier: Tier, tuning: bool = False) -> list[Row]:
         *_gifts(3, main),
         *_controls(),
         *_main(5, low),
-        *_own_best(tier),
+        *_own_best(tier, _main(5, main)),
         *_adaptive(),
         *_confirmation(tier),
         *(_tuned() if tuning else []),
@@ -145,10 +145,10 @@ def _main(seeds: int, ratio: int) -> list[Row]:
     ]
 
 
-def _own_best(tier: Tier) -> list[Row]:
-    """Methods whose best of the grid is another than BASELINE's, at their own."""
+def _own_best(tier: Tier, known: Sequence[Row]) -> list[Row]:
+    """Those of these rows whose best of the grid is another than BASELINE's, at their own."""
     found = []
-    for row in _main(5, tier.ratios[0]):
+    for row in known:
         if row.key in tier.own_best:
             peak, decay = tier.own_best[row.key]
             keys = {"optimizer.peak_learning_rate": peak, "optimizer.weight_decay": decay}
@@ -205,7 +205,7 @@ def _confirmation(tier: Tier) -> list[Row]:
     known = {row.key: row for row in (*_main(5, 0), *_gifts(5, 0), *_controls(), *_adaptive(), *_sweeps())}
     fresh = {"group": CONFIRM, "first_seed": FRESH_SEEDS, "test": True}
     claimed = [dataclasses.replace(known[key], **fresh, seeds=CLAIMED_SEEDS, ends=ENDS) for key in CLAIMED]
-    others = [*_own_best(tier), *(known[key] for key in ("rkd", "grow", "salt_ds"))]
+    others = [*_own_best(tier, list(known.values())), *(known[key] for key in ("rkd", "grow", "salt_ds"))]
     return claimed + [dataclasses.replace(row, **fresh, seeds=5) for row in others]
 
 

@@ -56,7 +56,7 @@ CPU = Tier(
     ratios=(20, 5),
     peak=8e-3,
     weight_decay=0.03,
-    own_best={"salt": (1.6e-2, 0.03)},
+    own_best={"salt": (1.6e-2, 0.03), "t4-unigram": (8e-3, 0.01)},
     grid=(
         *itertools.product((4e-3, 8e-3, 1.6e-2), (0.03, 0.1, 0.3)),
         (8e-3, 0.01),
