@@ -115,12 +115,14 @@ def grid(results: Results) -> str:
         values = [cells.get((method, *pair)) for method in methods]
         rows.append((f"{pair[0]:g}", f"{pair[1]:g}", *(NONE if v is None else f"{v:.4f}" for v in values)))
     best = {method: min((v, k[1:]) for k, v in cells.items() if k[0] == method)[1] for method in methods}
-    named = "; ".join(f"{method}: {peak:g}, {decay:g}" for method, (peak, decay) in best.items())
+    titles = {row["key"]: row["title"] for row in results["validation"]["rows"]}
+    titles = {method: titles.get(method, method) for method in methods}
+    named = "; ".join(f"{titles[method]}: {peak:g}, {decay:g}" for method, (peak, decay) in best.items())
     return (
         "## Peak learning rate and weight decay\n\nThe same grid for each, one seed of its own, bits a byte on the "
         f"validation part at all of the steps. Best, with one seed: {named}. All rows above have "
         f"{s['optimizer']['peak_learning_rate']:g} and {s['optimizer']['weight_decay']:g}; `own best` says where not."
-        "\n\n" + table(("peak", "weight decay", *methods), rows)
+        "\n\n" + table(("peak", "weight decay", *titles.values()), rows)
     )
 
 

@@ -63,6 +63,8 @@ def collect(setting: Setting, jobs: Sequence[Job], command: str, before: Results
 def _count(results: Results, jobs: Sequence[Job]) -> None:
     """In the plan's order, what there is; what is planned and not there; and how much was trained for it."""
     order = {(job.ratio, job.key): i for i, job in reversed(list(enumerate(jobs)))}
+    main = results["setting"]["ratios"][0]
+    results["grid"].sort(key=lambda row: order.get((main, row["key"]), len(order)))
     updates = results["setting"]["updates"] = {}
     for part in (corpus.VALIDATION, corpus.TEST):
         if part not in results:
