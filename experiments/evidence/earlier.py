@@ -56,7 +56,6 @@ def join(results: Results, earlier: Results) -> None:
             results[part] = {"rows": list(_joined(part, new, old).values())}
     if differences:
         results["again"] = {"models": len(differences), "largest": max(differences)}
-    results["seconds"] = results["seconds"] or earlier["seconds"]
     results["tuned"] = max(earlier["tuned"], results["tuned"], key=lambda rows: sum(len(row["seeds"]) for row in rows))
     results["grid"] = list(({row["key"]: row for row in [*results["grid"], *earlier["grid"]]}).values())
 

@@ -28,7 +28,6 @@ FILE = "seconds.json"
 UPDATES, WARM = 60, 8  # of a short run, half of them with help; the first of each stage are left out
 ROUNDS = 3
 PLAIN, HELPER = "plain", "small_lm"
-SHARED = LABELS["assist.teacher"]
 
 
 def name_of(file: str, stage: str) -> str:
@@ -44,7 +43,7 @@ def seconds_of(point: Point, medians: dict[str, float], share: float, helper_ste
     """
     names = {stage: name_of(point.row.file, stage) for stage in point.stages}
     timed = point.row.group in (MAIN, GIFTS, CONFIRM) and "select.list" not in point.row.overrides
-    timed = timed and (point.row.key in WINS or point.row.overrides.get("assist.teacher", SHARED) == SHARED)
+    timed = timed and (point.row.key in WINS or LABELS.items() <= (LABELS | dict(point.row.overrides)).items())
     if not timed or not {*names.values(), HELPER} <= medians.keys():
         return None
     helper = share * helper_steps * medians[HELPER] if point.helper_flops else 0.0
