@@ -256,11 +256,11 @@ def test_sentences_follow_verdicts(evidence, results):
     told = evidence.answers.markdown(fresh).partition("on fresh seeds and the test part:\n\n- both: ")[2]
     assert told.startswith(f"against SALT at equal steps {found['against_pair']['verdict']} (")
     assert f"in full {last(found)['equal_flops']['full'][PRIMARY]['verdict']} (" in told
-    assert "with all charged: both." in told and "after the other rows' figures" not in evidence.appendix.how(fresh)
+    assert "with all charged: both." in told and "Claimed later" not in told
     found["key"] = evidence.matrix.LATER[0]
     last(found)["equal_flops"]["full"][PRIMARY]["verdict"] = "not resolved"
-    page = evidence.answers.markdown(fresh) + evidence.appendix.how(fresh)
-    assert "with all charged: none." in page and "\nboth: chosen on the validation part, too" in page
+    page = evidence.answers.markdown(fresh)
+    assert "with all charged: none." in page and "\n\nClaimed later: both. They were chosen on the validation" in page
 
 
 def test_exploratory_rows_are_told_beside_salt_of_the_same_seed(evidence, results):

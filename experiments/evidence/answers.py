@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import appendix
 import compare
 import matrix
 from compare import BETTER, CHARGED, WORSE
@@ -63,7 +64,7 @@ def _short(results: Results) -> str:
     for words, of in ways.items():
         verdicts = {found["title"]: of(last(found))[PRIMARY]["verdict"] for found in rows}
         sides = [(verdict, [title for title, its in verdicts.items() if its == verdict]) for verdict in (BETTER, WORSE)]
-        texts.append(f"{words}: " + ", ".join(f"{verdict} {'; '.join(titles) or 'none'}" for verdict, titles in sides))
+        texts.append(f"{words} " + ". ".join(f"{verdict}: {'; '.join(titles) or 'none'}" for verdict, titles in sides))
     tested = any(found["part"] == "test" for found in rows)
     part = (
         "on the test part, or where the next list says so on the validation part"
@@ -80,19 +81,20 @@ def _primary(results: Results) -> str:
         where = "test" if found["part"] == "test" else "validation only, not confirmed"
         texts.append(f"{found['title']} ({where}): in full {said(at['full'][PRIMARY])}, shared by 10 "
                      f"{said(at['shared'][PRIMARY])}, left out {said(at['free'][PRIMARY])}")  # fmt: skip
-    return _listed(
+    told = _listed(
         "Bits a byte minus BASELINE's at equal total FLOPs, by how the small LM's training is charged.", texts
     )
+    return "\n\n".join(filter(None, [told, appendix.later(results)]))
 
 
 def _earlier(results: Results) -> str:
     texts = []
     for key in METHODS:
-        curves = [one for part in ("validation", "test") if (one := row(results, key, part)) and "to_quality" in one]
+        curves = [one for part in ("test", "validation") if (one := row(results, key, part)) and "to_quality" in one]
         if not curves:
             continue
         found, reached = curves[0], curves[0]["to_quality"]
-        name = found["title"] + " (on the test part)" * (found["part"] == "test")
+        name = f"{found['title']} ({found['part']})"
         if reached["steps"]["where"] == "never":
             texts.append(f"{name}: never")
             continue
@@ -102,9 +104,7 @@ def _earlier(results: Results) -> str:
         texts.append(f"{name}: " + ", ".join(
             f"{relative(reached[cost])} {text}" for cost, text in words.items() if cost in reached
         ))  # fmt: skip
-    return _listed(
-        "On the validation part, where no other is named, BASELINE's quality at all of its steps is reached at", texts
-    )
+    return _listed("BASELINE's quality at all of its steps is reached, on the part that is named, at", texts)
 
 
 def _where(results: Results) -> str:
@@ -215,7 +215,10 @@ def _growth(results: Results) -> str:
 
 def _controls(results: Results) -> str:
     salt = row(results, "salt")
-    rows = _rows(results, ("smoothing", "uniform", "unigram", "five_gram", "five_gram_other", "untrained", "small_w"))
+    rows = _rows(
+        results,
+        ("smoothing", "uniform", "unigram", "five_gram", "five_gram_other", "untrained", "small_w", "t4-unigram"),
+    )
     if not salt or not rows:
         return ""
     texts = [f"SALT: {said(last(salt)['equal_steps'][PRIMARY])}"]

@@ -1,6 +1,6 @@
 """The page's sections beside the comparisons: how it was measured, what each row stands on, what is not here."""
 
-import re
+import shlex
 from typing import Any
 
 from matrix import LATER
@@ -24,10 +24,8 @@ WORDS = (
 def how(results: Results) -> str:
     """What was measured with, and by which rules."""
     s = results["setting"]
-    texts = ["## How it was measured", table(("", ""), _facts(results)), *_rules(s), _later(results), _intervals(s)]
-    return "\n\n".join(
-        [*filter(None, texts), "Words: " + "; ".join(f"**{name}**, {words}" for name, words in WORDS) + "."]
-    )
+    texts = ["## How it was measured", table(("", ""), _facts(results)), *_rules(s), _intervals(s)]
+    return "\n\n".join([*texts, "Words: " + "; ".join(f"**{name}**, {words}" for name, words in WORDS) + "."])
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
@@ -50,6 +48,8 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("weights of the measure", f"{weighed}; in brackets documents of the validation part"),
         ("models compared", "; ".join(f"{u['models']:,} on {part}, {u['updates']:,} updates"
                                       for part, u in s["updates"].items())),
+        *([("earlier page", f"`results.json` with SHA-256 {results['earlier']}...")]
+          if "earlier" in results else []),
         *([("trained twice", f"{again['models']} models, for an earlier page and again since: their bits a byte "
                              f"differ by at most {again['largest']:.2g}")] if (again := results.get("again")) else []),
     ]  # fmt: skip
@@ -76,18 +76,21 @@ def _rules(s: dict[str, Any]) -> list[str]:
         "passes of helpers and the scoring of rows always count. BASELINE at a method's FLOPs lies between BASELINE's "
         "own decayed models, which go to twice the steps; one of them, of "
         f"{s['longer'][main]} steps, is BASELINE given the FLOPs of the small LM's training as extra steps. Rows that "
-        "only explore are measured on the validation part; the test part is shown once all that is claimed has been "
+        "only explore are measured on the validation part; the test part is shown when all that is claimed has been "
         "run on it.",
     ]  # fmt: skip
 
 
-def _later(results: Results) -> str:
-    titles = [row["title"] for row in results.get("test", {}).get("rows", []) if row["key"] in LATER]
+def later(results: Results) -> str:
+    """What is to be known of the rows that were claimed when others' figures on the test part had been read."""
+    keys = {*LATER, *(f"{key}-own" for key in LATER)}
+    titles = [row["title"] for row in results.get("test", {}).get("rows", []) if row["key"] in keys]
     if not titles:
         return ""
     return (
-        f"{'; '.join(titles)}: chosen on the validation part, too, and run on the test part once, but after the other "
-        "rows' figures there had been read."
+        f"Claimed later: {'; '.join(titles)}. They were chosen on the validation part, too, named before any run of "
+        "theirs was measured on the test part, and run there once; but the figures of the other rows there had been "
+        "read by then (own best rates: those of the same method as well)."
     )
 
 
@@ -95,11 +98,11 @@ def _intervals(s: dict[str, Any]) -> str:
     return (
         f"In brackets: 95 % intervals of {s['replicates']} bootstrap replicates over seeds and documents (within "
         "domains), of differences paired by seed. `better` and `worse` only where the interval leaves out 0 and the "
-        "difference is at least the minimum detectable one: that which the own spread over seeds of BASELINE (or of "
-        "the row that is compared with) lets so many seeds find with 80 % power at the 95 % level, unpaired. All else "
-        "is `not resolved`. What the draw of so few seeds adds to an interval is widened as Student's t is; intervals "
-        "are not widened for their number. Buckets are thirds of the held-out rows by the loss of a BASELINE of "
-        "another seed."
+        "difference is at least the minimum detectable one: that which BASELINE's own spread over seeds lets so "
+        "many seeds find with 80 % power at the 95 % level, unpaired. All else is `not resolved`. What the draw of so "
+        "few seeds adds to an interval is widened as Student's t is; intervals are not widened for their number: of "
+        "twenty that leave out 0 one may do so by chance. Buckets are thirds of the held-out rows by the loss of a "
+        "BASELINE of another seed."
     )
 
 
@@ -147,9 +150,20 @@ def stands_on(results: Results) -> str:
     )
 
 
+def _without(command: str) -> str:
+    """The command that trains, of the one that has collected."""
+    words, kept = iter(shlex.split(command)), []
+    for word in words:
+        if word in ("--page", "--earlier"):
+            next(words, None)
+        elif word != "--collect" and not word.startswith(("--page=", "--earlier=")):
+            kept.append(word)
+    return shlex.join(kept)
+
+
 def runs(results: Results) -> str:
     """How each row was made, and is made again."""
-    command = re.sub(r" --(collect|(page|earlier)[= ]\S+)", "", results["command"])
+    command = _without(results["command"])
     found = [
         (row["title"], f"`--only=row={row['key']},part={part},ratio={row['ratio']}`",
          ", ".join(row["runs"]["commits"]), str(row["runs"]["count"]), f"{row['runs']['seconds'] / 60:.0f}")

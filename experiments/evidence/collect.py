@@ -109,6 +109,8 @@ def _parts(jobs: Sequence[Job], before: Results | None) -> list[str]:
     rows = (before or {}).get(corpus.TEST, {}).get("rows", [])
     there = {(row["ratio"], row["key"], *model) for row in rows for model in earlier.models(row)}
     lacking = [job for job in claimed if job not in here and (job.ratio, job.key, job.seed, job.steps) not in there]
+    if here and lacking:
+        print(f"the test part at hand is held back: {len(lacking)} models that are claimed lack, as {lacking[0].path}")
     return [corpus.VALIDATION] + [corpus.TEST] * (bool(here) and not lacking)
 
 
@@ -137,7 +139,7 @@ def _row(setting: Setting, found: Found, ratio: int, row: Row, seconds: dict[str
     if len(steps) > 1:
         result["to_quality"] = _to_quality(shared, base, full, seconds)
     if row.pair != BASELINE and set(own) & set(pair):
-        result["against_pair"] = _apart(own, pair, full, pair, PRIMARY)
+        result["against_pair"] = _apart(own, pair, full, base, PRIMARY)
         result["against_pair_flops"] = {
             share: _against_at_flops(shared, pair, base, full, part) for share, part in SHARES.items()
         }
@@ -283,6 +285,7 @@ def _setting(setting: Setting, parts: dict[str, Found]) -> dict[str, Any]:
     made = json.loads((Path(setting.out) / "corpus" / "corpus.json").read_text(encoding="utf-8"))
     return {
         "tier": setting.tier.name,
+        "seeds_from": setting.seeds_from,
         "tiers": list(TIERS),
         "ratios": list(setting.tier.ratios),
         "steps": {str(ratio): planning.steps_of(setting, ratio) for ratio in setting.tier.ratios},

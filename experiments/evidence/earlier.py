@@ -3,6 +3,7 @@
 A row stays as it was unless the runs at hand have all of its models and more. What both have is compared.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,28 +15,33 @@ from tables import Results, Row
 
 from slm_assist.errors import UserError
 
-SAME = ("tier", "steps", "stage_1", "parameters", "vocabulary_size", "batch_rows", "seq_len", "train_rows",
-        "optimizer", "replicates")  # fmt: skip
+SAME = ("tier", "seeds_from", "steps", "stage_1", "parameters", "vocabulary_size", "batch_rows", "seq_len",
+        "train_rows", "optimizer", "replicates")  # fmt: skip
+NEEDED = {*SAME, "hardware", "devices", "dtype", "versions", "unlike", "held", "corpus"}
 Models = set[tuple[int, int]]
 
 
 def read(path: str) -> Results:
-    """An earlier `results.json`.
+    """An earlier `results.json`, with the fingerprint of the file.
 
     Raises:
       UserError: there is none, or it is something else.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not found["validation"]["rows"] or not found["setting"]["train_rows"]:
+        text = Path(path).read_bytes()
+        found = json.loads(text)
+        if not found["validation"]["rows"] or not {"tuned", "grid", "seconds"} <= found.keys():
             raise ValueError
+        found["setting"] = {"seeds_from": 0} | found["setting"]
+        if lacking := NEEDED - found["setting"].keys():
+            raise ValueError(lacking)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--earlier={path}: not a results.json that --collect has written") from error
-    return found
+    return found | {"fingerprint": hashlib.sha256(text).hexdigest()[:12]}
 
 
 def join(results: Results, earlier: Results) -> None:
-    """Adds to `results` what only the earlier ones have.
+    """Adds to `results` what only the earlier ones have, and says which rows at hand are left out for it.
 
     Raises:
       UserError: they are not of one measurement, or new rows stand beside fewer of BASELINE's models than the old.
@@ -45,6 +51,11 @@ def join(results: Results, earlier: Results) -> None:
         if setting[name] != before[name]:
             raise UserError(f"--earlier: its {name} ({before[name]}) differs from that of the runs at hand "
                             f"({setting[name]}), so the two make no page together")  # fmt: skip
+    held = [part for part in setting["held"].keys() & before["held"] if setting["held"][part] != before["held"][part]]
+    if held or setting["corpus"]["parts"] != before["corpus"]["parts"]:
+        raise UserError(
+            "--earlier: its text is split in another way than that of the runs at hand; the two make no page together"
+        )
     unlike = [name for name in ("hardware", "devices", "dtype", "versions") if setting[name] != before[name]]
     setting["unlike"] = list(dict.fromkeys([*setting["unlike"], *before["unlike"], *unlike]))
     setting["held"] = before["held"] | setting["held"]
@@ -52,8 +63,13 @@ def join(results: Results, earlier: Results) -> None:
     for part in (corpus.VALIDATION, corpus.TEST):
         new, old = (_by_name(found.get(part, {}).get("rows", [])) for found in (results, earlier))
         if new or old:
-            differences += [x for name in new.keys() & old.keys() for x in _differences(new[name], old[name])]
+            both = [(new[name], old[name]) for name in new.keys() & old.keys()]
+            differences += [x for pair in both if pair[0]["runs"] != pair[1]["runs"] for x in _differences(*pair)]
+            for row, kept in both:
+                if (more := models(row) - models(kept)) and not _beyond(row, kept):
+                    print(f"{row['title']}, {part}: left out with {len(more)} models, as the earlier row has others")
             results[part] = {"rows": list(_joined(part, new, old).values())}
+    results["earlier"] = earlier["fingerprint"]
     if differences:
         results["again"] = {"models": len(differences), "largest": max(differences)}
     results["tuned"] = max(earlier["tuned"], results["tuned"], key=lambda rows: sum(len(row["seeds"]) for row in rows))

@@ -58,6 +58,7 @@ def _group(results: Results, part: str, ratio: int, group: str) -> str:
     where = "test documents, fresh seeds" if part == "test" else "validation documents"
     title = f"## {TITLES[group]}, {ratio} tokens a parameter"
     texts = [title, f"At all of the steps, on {where}; bits a byte, and minus BASELINE's.", _at_the_end(rows)]
+    texts += [appendix.later(results)] if part == "test" else []
     if any("against_pair" in row for row in others):
         texts += [
             "Against another row; at equal FLOPs, how far each of the two is from BASELINE at its own FLOPs, one minus "

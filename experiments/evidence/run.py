@@ -88,6 +88,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--processes={options.processes}: at least 1 shares the work")
     if (options.earlier or options.page) and not options.collect:
         raise UserError(f"--{'earlier' if options.earlier else 'page'}: it is for --collect; add that")
+    if options.earlier and Path(options.earlier).resolve().parent == Path(options.page or options.out).resolve():
+        raise UserError(f"--earlier={options.earlier}: the page would take its place; copy it elsewhere first")
     for name in ("train.jsonl", "test.jsonl") if options.tuning else ():
         if not (Path(options.tuning) / name).is_file():
             raise UserError(f"--tuning={options.tuning}: no {name} in it; give GSM8K's train.jsonl and test.jsonl")
