@@ -64,7 +64,10 @@ def _short(results: Results) -> str:
     for words, of in ways.items():
         verdicts = {found["title"]: of(last(found))[PRIMARY]["verdict"] for found in rows}
         sides = [(verdict, [title for title, its in verdicts.items() if its == verdict]) for verdict in (BETTER, WORSE)]
-        texts.append(f"{words} " + ". ".join(f"{verdict}: {'; '.join(titles) or 'none'}" for verdict, titles in sides))
+        texts.append(
+            f"{words}. "
+            + ". ".join(f"{verdict.capitalize()}: {'; '.join(titles) or 'none'}" for verdict, titles in sides)
+        )
     tested = any(found["part"] == "test" for found in rows)
     part = (
         "on the test part, or where the next list says so on the validation part"
