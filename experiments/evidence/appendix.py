@@ -100,8 +100,8 @@ def _intervals(s: dict[str, Any]) -> str:
         "domains), of differences paired by seed. `better` and `worse` only where the interval leaves out 0 and the "
         "difference is at least the minimum detectable one: that which BASELINE's own spread over seeds lets so "
         "many seeds find with 80 % power at the 95 % level, unpaired. All else is `not resolved`. What the draw of so "
-        "few seeds adds to an interval is widened as Student's t is; intervals are not widened for their number: of "
-        "twenty that leave out 0 one may do so by chance. Buckets are thirds of the held-out rows by the loss of a "
+        "few seeds adds to an interval is widened as Student's t is; intervals are not widened for their number: one "
+        "in twenty leaves out 0 by chance. Buckets are thirds of the held-out rows by the loss of a "
         "BASELINE of another seed."
     )
 
