@@ -186,5 +186,5 @@ def _rows_at(results: Results, *rows: tuple[str, float]) -> list[tuple[float, fl
 
 def _sizes(results: Results, salt: dict[str, Any]) -> Sequence[tuple[float, float]]:
     relative = results["setting"]["relative"]
-    others = _rows_at(results, *((f"size-{name}", relative[name]) for name in ("tiny", "medium", "equal")))
+    others = _rows_at(results, *((f"size-{name}", part) for name, part in relative.items() if name != "small"))
     return [(relative["small"], _value(salt)), *others]
