@@ -4,7 +4,7 @@
 
 Both end where represent.fraction and assist.fraction say, by default after 17.3 % of the run.
 
-With 20 tokens a parameter no better than SALT alone, on eight fresh seeds (experiments/evidence/).
+With 20 tokens a parameter not resolved from SALT alone, on eight fresh seeds (experiments/evidence/).
 """
 
 OVERRIDES = {

@@ -7,7 +7,7 @@ Each of w, temperature, n_KD and how w ends is a key: --assist.weight, .temperat
 In the quickstart (240 steps): 4.007 nats a token against BASELINE's 4.100, at 1.02 of its FLOPs. See
 experiments/results/quickstart/. With 20 tokens a parameter, eight fresh seeds and test documents: 0.027 bits a byte
 better than BASELINE at equal steps, 0.040 worse at equal FLOPs with the small LM's training charged in full
-(experiments/evidence/). Softer labels were better: salt_soft.py; and needed no small LM: salt_unigram.py.
+(experiments/evidence/). salt_soft.py has softer labels, salt_unigram.py counts for a teacher.
 """
 
 OVERRIDES = {

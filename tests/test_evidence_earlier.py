@@ -117,6 +117,15 @@ def test_models_that_stay_out_are_told_and_the_same_runs_are_not_trained_twice(e
     assert same["again"] == "none" and same["earlier"] == "f"
 
 
+def test_a_pair_of_an_earlier_page_is_judged_by_baselines_limit(evidence, tmp_path):
+    before = collect(evidence, tmp_path / "before", ("grow", "grow_salt"))
+    grown = row_of(before, "grow_salt")
+    changed = grown | {"against_pair": grown["against_pair"] | {"detectable": 9.0, "verdict": "of another limit"}}
+    rows = [changed if row["key"] == "grow_salt" else row for row in before["validation"]["rows"]]
+    found = collect(evidence, tmp_path / "after", (), before | {"validation": {"rows": rows}})
+    assert row_of(found, "grow_salt")["against_pair"] == grown["against_pair"]
+
+
 def test_other_hardware_is_said(evidence, first, tmp_path):
     before = json.loads(json.dumps(first)) | {"setting": first["setting"] | {"hardware": "a loom"}}
     found = collect(evidence, tmp_path, (), before)

@@ -48,7 +48,8 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("weights of the measure", f"{weighed}; in brackets documents of the validation part"),
         ("models compared", "; ".join(f"{u['models']:,} on {part}, {u['updates']:,} updates"
                                       for part, u in s["updates"].items())),
-        *([("earlier page", f"`results.json` with SHA-256 {results['earlier']}...")]
+        *([("earlier page", f"`results.json` with SHA-256 {results['earlier']}...; its rows keep the seconds an "
+                             "update and BASELINE's models that they were measured with")]
           if "earlier" in results else []),
         *([("trained twice", f"{again['models']} models, for an earlier page and again since: their bits a byte "
                              f"differ by at most {again['largest']:.2g}")] if (again := results.get("again")) else []),

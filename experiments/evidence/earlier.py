@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import compare
 import corpus
 from matrix import BASELINE
 from measures import PRIMARY
-from tables import Results, Row
+from tables import Results, Row, last
 
 from slm_assist.errors import UserError
 
@@ -95,7 +96,16 @@ def _joined(part: str, new: dict[tuple[int, str], Row], old: dict[tuple[int, str
                 f"--earlier: it has {len(lacking) or 'all'} of BASELINE's models that are not at hand, by which new "
                 f"rows are judged; train with --only=row={BASELINE},part={part},ratio={ratio} first"
             )
-    return old | more
+    return {name: _judged(row) for name, row in old.items()} | more
+
+
+def _judged(row: Row) -> Row:
+    """A row whose difference from its pair is held to BASELINE's limit, which earlier pages did not do."""
+    if "against_pair" not in row:
+        return row
+    apart, limit = row["against_pair"], last(row)["equal_steps"][PRIMARY]["detectable"]
+    verdict = compare.verdict(apart["mean"], apart["interval"], limit)
+    return row | {"against_pair": apart | {"detectable": limit, "verdict": verdict}}
 
 
 def _beyond(new: Row, old: Row) -> bool:

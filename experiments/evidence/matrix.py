@@ -126,7 +126,7 @@ def curve_at_once(row: Row) -> bool:
 
 def _grid(tier: Tier) -> list[Row]:
     """The same rates for BASELINE, SALT and what wins."""
-    found, known = [], {row.key: row for row in (*_main(1, 0), *_adaptive(), *_sweeps())}
+    found, known = [], _known()
     for method in (BASELINE, "salt", *WINS):
         for peak, decay in tier.grid:
             keys = {"optimizer.peak_learning_rate": peak, "optimizer.weight_decay": decay}
@@ -200,9 +200,13 @@ def _controls() -> list[Row]:
     ]  # fmt: skip
 
 
+def _known() -> dict[str, Row]:
+    return {row.key: row for row in (*_main(5, 0), *_gifts(5, 0), *_controls(), *_adaptive(), *_sweeps())}
+
+
 def _confirmation(tier: Tier) -> list[Row]:
     """What is claimed, on seeds and documents that nothing was chosen by."""
-    known = {row.key: row for row in (*_main(5, 0), *_gifts(5, 0), *_controls(), *_adaptive(), *_sweeps())}
+    known = _known()
     fresh = {"group": CONFIRM, "first_seed": FRESH_SEEDS, "test": True}
     claimed = [dataclasses.replace(known[key], **fresh, seeds=CLAIMED_SEEDS, ends=ENDS) for key in CLAIMED]
     others = [*_own_best(tier, list(known.values())), *(known[key] for key in ("rkd", "grow", "salt_ds"))]
