@@ -7,8 +7,8 @@ the fourth roots of the frequencies, normalised.
 
 With 0.11 M parameters, 512 pieces, 20 tokens a parameter, eight fresh seeds and test documents: 0.027 bits a byte
 better than BASELINE at equal steps, which is at equal FLOPs as well; at the end not resolved from SALT, which is far
-ahead of it early on (experiments/evidence/). At temperature
-1 it was 0.014 better, not resolved. Larger vocabularies were not tried.
+ahead of it early on (experiments/evidence/). At temperature 1 it was 0.014 better, not resolved. Larger vocabularies
+were not tried.
 """
 
 OVERRIDES = {
